@@ -1,0 +1,86 @@
+"""Tucker tensors, the geometry of fixed multilinear rank, and integrators that adapt ranks.
+
+The arrays may be NumPy's, PyTorch's, JAX's or CuPy's, as TensorLy's backends provide them.
+The binding for neural networks in PyTorch is the package ``geotucker_torch``.
+"""
+
+from . import testing
+from ._errors import BackendError, GeotuckerError, NonFiniteError, RankError, ShapeError
+from ._geometry import (
+    Contractable,
+    augment,
+    inner_tangent,
+    project,
+    retract,
+    tangent_to_point,
+    transport,
+)
+from ._hosvd import Truncation, hosvd, orthonormalise, round, st_hosvd, truncate
+from ._integrators import (
+    TDLRT,
+    CoreScheme,
+    Euler,
+    Flow,
+    HeavyBall,
+    Integrator,
+    Report,
+    Standard,
+    State,
+    StepResult,
+    Tangent,
+)
+from ._minimize import Result, minimize, when_flat
+from ._ranks import Fixed, ModeRule, RankRule, Spectrum, Tolerance, as_rule
+from ._tensor import TuckerPoint, TuckerTangent, add, as_point, inner, norm, scale, to_dense
+from ._version import __version__
+
+__all__ = [
+    "TDLRT",
+    "BackendError",
+    "Contractable",
+    "CoreScheme",
+    "Euler",
+    "Fixed",
+    "Flow",
+    "GeotuckerError",
+    "HeavyBall",
+    "Integrator",
+    "ModeRule",
+    "NonFiniteError",
+    "RankError",
+    "RankRule",
+    "Report",
+    "Result",
+    "ShapeError",
+    "Spectrum",
+    "Standard",
+    "State",
+    "StepResult",
+    "Tangent",
+    "Tolerance",
+    "Truncation",
+    "TuckerPoint",
+    "TuckerTangent",
+    "__version__",
+    "add",
+    "as_point",
+    "as_rule",
+    "augment",
+    "hosvd",
+    "inner",
+    "inner_tangent",
+    "minimize",
+    "norm",
+    "orthonormalise",
+    "project",
+    "retract",
+    "round",
+    "scale",
+    "st_hosvd",
+    "tangent_to_point",
+    "testing",
+    "to_dense",
+    "transport",
+    "truncate",
+    "when_flat",
+]

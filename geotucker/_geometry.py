@@ -1,0 +1,367 @@
+"""The manifold of tensors of fixed multilinear rank: gradients, tangent space, retraction.
+
+A point is ``W = C x_1 U_1 ... x_d U_d`` with orthonormal U_i. An ambient gradient Z enters
+only through its contractions ``Z x_{j != i} U_j^T``, so it may be a dense array, a Tucker
+tensor, or any object with a method ``contract`` (sparse entries, say).
+
+Tangent vectors live in the coordinates of `TuckerTangent`, in which no inverse of the core
+occurs at any singular value and which are isometric to the ambient space.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+from . import _ops
+from ._errors import ShapeError
+from ._hosvd import truncate
+from ._ops import Array
+from ._ranks import as_rule
+from ._tensor import TuckerPoint, TuckerTangent, as_point, check_finite, check_like, pad, pair_of
+
+__all__ = [
+    "Contractable",
+    "augment",
+    "inner_tangent",
+    "project",
+    "retract",
+    "tangent_to_point",
+    "transport",
+]
+
+
+@runtime_checkable
+class Contractable(Protocol):
+    """An ambient gradient that is neither dense nor in Tucker format."""
+
+    def contract(self, factors: Sequence[Array], skip: int | None) -> Array:
+        """Return ``Z x_{j != skip} factors[j]^T``; every mode if `skip` is None."""
+        ...
+
+
+Gradient: TypeAlias = Any
+"""An ambient gradient: a dense array, any ``(core, factors)``, or a `Contractable`."""
+
+
+def contract(gradient: Gradient, factors: Sequence[Array], skip: int | None = None) -> Array:
+    """Return ``Z x_{j != skip} U_j^T``, the gradient seen through the bases."""
+    if isinstance(gradient, Contractable):
+        return gradient.contract(factors, skip)
+    if _is_pair(gradient):
+        core, own = pair_of(gradient)
+        maps = [
+            v if mode == skip else u.T @ v
+            for mode, (u, v) in enumerate(zip(factors, own, strict=True))
+        ]
+        return _ops.multi_mode_product(core, maps)
+    return _ops.multi_mode_product(gradient, factors, transpose=True, skip=skip)
+
+
+def check_gradient(gradient: Gradient, point: TuckerPoint) -> None:
+    """Raise ShapeError or BackendError unless the gradient fits the tensor."""
+    if isinstance(gradient, Contractable):
+        return
+    if _is_pair(gradient):
+        # A cheap look at the shapes; NaN shows up in the contractions.
+        core, factors = pair_of(gradient)
+        check_like(core, point.core, "gradient.core")
+        got = tuple(_ops.shape(factor)[0] for factor in factors)
+    else:
+        check_like(gradient, point.core, "gradient")
+        got = _ops.shape(gradient)
+    if got != point.shape:
+        raise ShapeError(f"gradient: expected the shape {point.shape} of the tensor, got {got}")
+
+
+def _is_pair(gradient: Gradient) -> bool:
+    return not hasattr(gradient, "dtype") and hasattr(gradient, "__len__") and len(gradient) == 2
+
+
+def mode_gradients(point: TuckerPoint, gradient: Gradient) -> list[Array]:
+    """Return the ``G_i = Mat_i(Z x_{j != i} U_j^T)``, of shapes (n_i, prod_{j != i} r_j).
+
+    Raises
+    ------
+    NonFiniteError
+        If the gradient holds NaN or infinity.
+    """
+    check_gradient(gradient, point)
+    unfolded = []
+    for mode in range(point.order):
+        g = _ops.unfold(contract(gradient, point.factors, skip=mode), mode)
+        check_finite(g, "gradient")
+        unfolded.append(g)
+    return unfolded
+
+
+def factor_gradients(point: TuckerPoint, modes: Sequence[Array]) -> list[Array]:
+    """Return ``grad_{U_i} L = G_i Mat_i(C)^T``, of shapes (n_i, r_i)."""
+    return [g @ _ops.unfold(point.core, mode).T for mode, g in enumerate(modes)]
+
+
+def right_bases(core: Array) -> list[Array]:
+    """Return the Q_i of ``Mat_i(C)^T = Q_i S_i^T``, of shapes (prod_{j != i} r_j, r_i).
+
+    Householder's Q is orthonormal also where the core is rank-deficient.
+    """
+    return [_ops.qr(_ops.unfold(core, mode).T)[0] for mode in range(len(_ops.shape(core)))]
+
+
+def augment(point: TuckerPoint, directions: Sequence[Array]) -> TuckerPoint:
+    """Widen the bases by new directions; the tensor does not change.
+
+    Lines 3-6 of Algorithm 1 (arXiv:2305.19059): ``Uhat_i = orth[U_i | D_i]``, whose leading
+    columns are U_i, and the core padded with zeros. Bases that are orthonormal only to
+    rounding come out orthonormal, the triangular factor goes into the core.
+
+    Parameters
+    ----------
+    point : TuckerPoint
+        Factors of shapes (n_i, r_i).
+    directions : sequence of arrays, shapes (n_i, k_i)
+        For TDLRT the gradients with respect to the U_i. Their scale does not matter.
+
+    Returns
+    -------
+    TuckerPoint
+        Ranks ``min(n_i, r_i + k_i)``. Where directions are zero or dependent the new
+        columns are an arbitrary orthonormal completion.
+
+    Raises
+    ------
+    NonFiniteError
+        If a direction holds NaN or infinity.
+
+    Examples
+    --------
+    >>> import numpy as np, geotucker as gt
+    >>> point = gt.hosvd(np.ones((4, 5)), 1)
+    >>> wide = gt.augment(point, [np.arange(4.0)[:, None], np.arange(5.0)[:, None]])
+    >>> wide.ranks, np.allclose(gt.to_dense(wide), 1.0)
+    ((2, 2), True)
+    """
+    for mode, direction in enumerate(directions):
+        check_finite(direction, f"directions[{mode}]")
+    pairs = [extend(u, d) for u, d in zip(point.factors, directions, strict=True)]
+    core = _ops.multi_mode_product(point.core, [r for _, r in pairs])
+    return TuckerPoint(core, tuple(q for q, _ in pairs))
+
+
+def extend(
+    basis: Array,  # shape: (n, r)
+    directions: Array,  # shape: (n, k)
+) -> tuple[Array, Array]:  # shapes: (n, m) and (m, r), m = min(n, r + k)
+    """Return orthonormal Q with ``basis = Q R``, the rest of Q from `directions`.
+
+    QR of ``[basis | directions]`` as a whole: orthonormalising the directions apart would
+    leave columns that are not orthogonal to the basis. They are scaled, so that neither huge
+    nor tiny ones spoil the reflections.
+    """
+    n, r = _ops.shape(basis)
+    directions = directions[:, : n - r]
+    columns = [basis]
+    if n > r and _ops.shape(directions)[1]:
+        largest = _ops.max_abs(directions, axis=0)
+        columns.append(directions / (largest + (largest == 0)))
+    q, triangle = _ops.qr(_ops.concatenate(columns, 1))
+    triangle = triangle[:, :r]
+    # Signs, so that the leading columns are the old basis and moments need no rotation.
+    signs = _ops.sign(_ops.diagonal(triangle))
+    signs = signs + (signs == 0)
+    leading = q[:, :r] * signs
+    q = _ops.concatenate([leading, q[:, r:]], 1) if _ops.shape(q)[1] > r else leading
+    head = triangle[:r] * signs[:, None]
+    return q, pad(head, (_ops.shape(q)[1], r))
+
+
+def project(point: Any, gradient: Gradient) -> TuckerTangent:
+    """Orthogonal projection P(W)Z of an ambient tensor on the tangent space at a point.
+
+    Parameters
+    ----------
+    point : pair
+        With orthonormal factors.
+    gradient : array, pair or Contractable
+        The ambient tensor Z, dense or factored.
+
+    Returns
+    -------
+    TuckerTangent
+        ``Cdot = Z x_i U_i^T`` and ``Kdot_i = (I - U_i U_i^T) G_i Q_i``: Theorem 2.1 of
+        arXiv:2305.19059, without the inverse that the form in U_i has.
+
+    Raises
+    ------
+    ShapeError, BackendError, NonFiniteError
+        If the gradient does not fit or is not finite.
+
+    Examples
+    --------
+    >>> import numpy as np, geotucker as gt
+    >>> point = gt.hosvd(np.ones((3, 4)), 1)
+    >>> tangent = gt.project(point, np.eye(3, 4))
+    >>> np.allclose(point.factors[0].T @ tangent.factors[0], 0)
+    True
+    """
+    point = as_point(point)
+    return project_modes(point, mode_gradients(point, gradient))
+
+
+def project_modes(point: TuckerPoint, modes: Sequence[Array]) -> TuckerTangent:
+    """Project, given the G_i of `mode_gradients`."""
+    core = _ops.mode_product(
+        _ops.fold(modes[0], 0, (point.shape[0], *point.ranks[1:])),
+        point.factors[0],
+        0,
+        transpose=True,
+    )
+    velocities = []
+    for u, g, q in zip(point.factors, modes, right_bases(point.core), strict=True):
+        k = g @ q
+        velocities.append(k - u @ (u.T @ k))
+    return TuckerTangent(core, tuple(velocities))
+
+
+def inner_tangent(a: TuckerTangent, b: TuckerTangent) -> float:
+    """Inner product of two tangent vectors at one point.
+
+    Equal to the ambient inner product, because the coordinates are isometric.
+
+    Examples
+    --------
+    >>> import numpy as np, geotucker as gt
+    >>> point = gt.hosvd(np.ones((3, 4)), 1)
+    >>> tangent = gt.project(point, np.ones((3, 4)))
+    >>> round(gt.inner_tangent(tangent, tangent), 6)
+    12.0
+    """
+    parts = zip(a.factors, b.factors, strict=True)
+    return _ops.vdot(a.core, b.core) + sum(_ops.vdot(ka, kb) for ka, kb in parts)
+
+
+def norm_tangent(tangent: TuckerTangent) -> float:
+    """Norm of a tangent vector, safe against overflow."""
+    return math.hypot(_ops.norm(tangent.core), *(_ops.norm(k) for k in tangent.factors))
+
+
+def tangent_to_point(point: Any, tangent: TuckerTangent) -> TuckerPoint:
+    """Write a tangent vector as a Tucker tensor of ranks at most 2 r_i (and of no base point).
+
+    Parameters
+    ----------
+    point : pair
+        The base point, with orthonormal factors.
+    tangent : TuckerTangent
+
+    Returns
+    -------
+    TuckerPoint
+        Factors ``[U_i | Kdot_i]``, not orthonormal; the core holds Cdot and, next to it along
+        each mode i, ``Ten_i(Q_i^T)``.
+
+    Examples
+    --------
+    >>> import numpy as np, geotucker as gt
+    >>> z = np.arange(12.0).reshape(3, 4)
+    >>> point = gt.hosvd(z, 2)  # rank 2 holds z, so z is tangent
+    >>> np.allclose(gt.to_dense(gt.tangent_to_point(point, gt.project(point, z))), z)
+    True
+    """
+    point = pair_of(point)
+    blocks = [_ops.fold(q.T, mode, point.ranks) for mode, q in enumerate(right_bases(point.core))]
+    pairs = zip(point.factors, tangent.factors, strict=True)
+    return TuckerPoint(
+        _border(tangent.core, blocks), tuple(_ops.concatenate(pair, 1) for pair in pairs)
+    )
+
+
+def _border(core: Array, blocks: Sequence[Array]) -> Array:
+    """Return a core with ``blocks[i]`` beside it along mode i and zeros elsewhere."""
+    ranks = _ops.shape(core)
+    extents = [
+        r + _ops.shape(block)[i] for i, (r, block) in enumerate(zip(ranks, blocks, strict=True))
+    ]
+    total = pad(core, extents)
+    for mode, block in enumerate(blocks):
+        front = list(ranks)
+        front[mode] = extents[mode]
+        if extents[mode] > ranks[mode]:
+            total = total + pad(pad(block, front, front=True), extents)
+    return total
+
+
+def retract(point: Any, tangent: TuckerTangent, ranks: Any = None) -> TuckerPoint:
+    """HOSVD retraction: the quasi-best tensor of lower rank near ``W + xi``.
+
+    Parameters
+    ----------
+    point : pair
+        With orthonormal factors.
+    tangent : TuckerTangent
+    ranks : RankRule, int, float or tuple, optional
+        By default the ranks of `point`.
+
+    Returns
+    -------
+    TuckerPoint
+
+    References
+    ----------
+    Kressner, Steinlechner, Vandereycken. Low-rank tensor completion by Riemannian
+    optimization. BIT 54 (2014), Proposition 2.3.
+
+    Examples
+    --------
+    >>> import numpy as np, geotucker as gt
+    >>> point = gt.hosvd(np.ones((3, 4)), 1)
+    >>> np.allclose(gt.to_dense(gt.retract(point, gt.project(point, np.ones((3, 4))))), 2.0)
+    True
+    """
+    point = as_point(point)
+    wide = augment(point, tangent.factors)
+    core = wide.core + tangent_core(point, wide, tangent)
+    rule = as_rule(point.ranks if ranks is None else ranks)
+    return truncate([TuckerPoint(core, wide.factors)], rule)[0].point
+
+
+def tangent_core(point: TuckerPoint, wide: TuckerPoint, tangent: TuckerTangent) -> Array:
+    """Return the core of a tangent vector in the bases of ``augment(point, ...)``.
+
+    The block of the old bases holds Cdot, the block that is new in mode i only holds
+    ``Ten_i(Utilde_i^T Kdot_i Q_i^T)``, all others are zero.
+    """
+    blocks = []
+    triples = zip(wide.factors, tangent.factors, right_bases(point.core), strict=True)
+    for mode, (u, k, q) in enumerate(triples):
+        new = u[:, point.ranks[mode] :]
+        extent = list(point.ranks)
+        extent[mode] = _ops.shape(new)[1]
+        blocks.append(_ops.fold((new.T @ k) @ q.T, mode, extent))
+    return _border(tangent.core, blocks)
+
+
+def transport(point: Any, tangent: TuckerTangent, target: Any) -> TuckerTangent:
+    """Vector transport: the tangent vector projected on the tangent space at `target`.
+
+    Parameters
+    ----------
+    point, target : pair
+        With orthonormal factors, tensors of one shape; ranks may differ.
+    tangent : TuckerTangent
+        At `point`.
+
+    Returns
+    -------
+    TuckerTangent
+        At `target`. Never longer than `tangent`.
+
+    Examples
+    --------
+    >>> import numpy as np, geotucker as gt
+    >>> point = gt.hosvd(np.ones((3, 4)), 1)
+    >>> tangent = gt.project(point, np.eye(3, 4))
+    >>> moved = gt.transport(point, tangent, point)
+    >>> np.allclose(moved.core, tangent.core)
+    True
+    """
+    return project(target, tangent_to_point(point, tangent))

@@ -1,0 +1,261 @@
+"""HOSVD, orthonormalisation and truncation, with the proven bound of their error."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import _ops
+from ._errors import RankError
+from ._ops import Array
+from ._ranks import ModeRule, RankRule, Ranks, Spectrum, as_rule, choose, tail_norms
+from ._tensor import TuckerPoint, as_point, check_finite, check_floating
+
+__all__ = ["Truncation", "hosvd", "orthonormalise", "round", "st_hosvd", "truncate"]
+
+
+class Truncation(NamedTuple):
+    """A truncated point and what is needed to carry other tensors along.
+
+    Parameters
+    ----------
+    point : TuckerPoint
+        Orthonormal factors ``U_i P_i`` and core ``C x_i P_i^T``.
+    rotations : tuple of arrays, shapes (old r_i, new r_i)
+        The P_i, with orthonormal columns.
+    error_bound : float
+        Upper bound of ``||W - W_truncated||``: the root of the sum over modes of the
+        squared tails of singular values (De Lathauwer et al. 2000, Property 10).
+    """
+
+    point: TuckerPoint
+    rotations: tuple[Array, ...]
+    error_bound: float
+
+
+def orthonormalise(point: Any) -> TuckerPoint:
+    """Return the same tensor with orthonormal factors, by QR of each factor.
+
+    Ranks stay, except that a mode with more columns than rows shrinks to its dimension.
+
+    Parameters
+    ----------
+    point : pair
+        Any ``(core, factors)``.
+
+    Returns
+    -------
+    TuckerPoint
+        Factors with ``U_i^T U_i = I`` to rounding, also where columns were dependent.
+
+    Examples
+    --------
+    >>> import numpy as np, geotucker as gt
+    >>> point = gt.orthonormalise((np.ones((1, 1)), [np.ones((4, 1)), np.ones((9, 1))]))
+    >>> abs(point.core).tolist()
+    [[6.0]]
+    """
+    point = as_point(point)
+    pairs = [_ops.qr(factor) for factor in point.factors]
+    core = _ops.multi_mode_product(point.core, [r for _, r in pairs])
+    return TuckerPoint(core, tuple(q for q, _ in pairs))
+
+
+def _decompose(core: Array, shape: tuple[int, ...]) -> tuple[Spectrum, list[Array]]:
+    """Return the singular values and left singular vectors of each unfolding of the core."""
+    pairs = [_ops.svd(_ops.unfold(core, mode)) for mode in range(len(shape))]
+    return Spectrum(shape, tuple(_values(s) for _, s in pairs)), [u for u, _ in pairs]
+
+
+def _values(s: Array) -> "np.ndarray[Any, np.dtype[Any]]":
+    return _ops.to_numpy(s).astype(np.float64)
+
+
+def truncate(points: Sequence[TuckerPoint], rule: RankRule) -> list[Truncation]:
+    """Truncate orthonormal points by the HOSVD of their cores, ranks chosen for all at once.
+
+    This is the last phase of Algorithm 1 (arXiv:2305.19059, lines 10-14): the P_i are the
+    leading left singular vectors of ``Mat_i(C)``.
+
+    Parameters
+    ----------
+    points : sequence of TuckerPoint
+        With orthonormal factors (not checked).
+    rule : RankRule
+        Sees the spectra of all points together.
+
+    Returns
+    -------
+    list of Truncation
+
+    Raises
+    ------
+    RankError
+        If the rule returns unusable ranks.
+
+    Examples
+    --------
+    >>> import numpy as np, geotucker as gt
+    >>> point = gt.hosvd(np.diag([4.0, 3.0, 1e-3]), gt.Tolerance(0.0))
+    >>> cut, = gt.truncate([point], gt.Fixed(2))
+    >>> cut.point.ranks, f"{cut.error_bound:.6f}"
+    ((2, 2), '0.001414')
+    """
+    decomposed = [_decompose(point.core, point.shape) for point in points]
+    chosen = choose(rule, [spectrum for spectrum, _ in decomposed])
+    return [
+        _cut(point, ranks, spectrum, vectors)
+        for point, ranks, (spectrum, vectors) in zip(points, chosen, decomposed, strict=True)
+    ]
+
+
+def _cut(
+    point: TuckerPoint, ranks: Ranks, spectrum: Spectrum, vectors: Sequence[Array]
+) -> Truncation:
+    core, rotations = _rotate(point.core, vectors, ranks)
+    factors = tuple(u @ p for u, p in zip(point.factors, rotations, strict=True))
+    tails = [tail_norms(s)[rank] for s, rank in zip(spectrum.values, ranks, strict=True)]
+    return Truncation(TuckerPoint(core, factors), rotations, math.hypot(*tails))
+
+
+def _rotate(core: Array, vectors: Sequence[Array], ranks: Ranks) -> tuple[Array, tuple[Array, ...]]:
+    """Project the core on the leading vectors of each mode; return it and the rotations used."""
+    rotations = [u[:, :rank] for u, rank in zip(vectors, ranks, strict=True)]
+    core = _ops.multi_mode_product(core, rotations, transpose=True)
+    return _drop_infeasible(core, rotations)
+
+
+def _drop_infeasible(core: Array, rotations: Sequence[Array]) -> tuple[Array, tuple[Array, ...]]:
+    """Make ``r_i <= prod_{j != i} r_j`` hold; nothing is lost, such a mode has null columns."""
+    rotations = list(rotations)
+    mode = 0
+    while mode < len(rotations):
+        ranks = _ops.shape(core)
+        if ranks[mode] > math.prod(ranks) // ranks[mode]:
+            u, _ = _ops.svd(_ops.unfold(core, mode))
+            core = _ops.mode_product(core, u, mode, transpose=True)
+            rotations[mode] = rotations[mode] @ u
+            mode = 0  # a smaller rank here may make another mode infeasible
+        else:
+            mode += 1
+    return core, tuple(rotations)
+
+
+def round(point: Any, ranks: Any) -> TuckerPoint:
+    """Lower the ranks of any Tucker tensor: orthonormalise, then truncate.
+
+    Parameters
+    ----------
+    point : pair
+        Any ``(core, factors)``.
+    ranks : RankRule, int, float or tuple
+        What to keep; with ``Tolerance(tau)`` the error is at most ``tau ||W||``.
+
+    Returns
+    -------
+    TuckerPoint
+        With orthonormal factors.
+
+    Examples
+    --------
+    >>> import numpy as np, geotucker as gt
+    >>> a = gt.hosvd(np.diag([2.0, 1.0]), gt.Tolerance(0.0))
+    >>> gt.round(gt.add(a, a), gt.Tolerance(1e-12)).ranks
+    (2, 2)
+    """
+    return truncate([orthonormalise(point)], as_rule(ranks))[0].point
+
+
+def hosvd(tensor: Array, ranks: Any) -> TuckerPoint:
+    """Higher-order SVD of a dense tensor, truncated by a rule.
+
+    Parameters
+    ----------
+    tensor : array, shape (n_1, ..., n_d)
+        Real floating array of any backend, order at least 1.
+    ranks : RankRule, int, float or tuple
+        With ``Tolerance(tau)`` the error is at most ``tau ||tensor||``; with fixed ranks it
+        is at most sqrt(d) times that of the best approximation.
+
+    Returns
+    -------
+    TuckerPoint
+        Orthonormal factors, all-orthogonal core.
+
+    Raises
+    ------
+    BackendError, NonFiniteError, RankError, ShapeError
+        For arrays and ranks that cannot be used.
+
+    References
+    ----------
+    De Lathauwer, De Moor, Vandewalle. A multilinear singular value decomposition.
+    SIAM J. Matrix Anal. Appl. 21 (2000).
+
+    Examples
+    --------
+    >>> import numpy as np, geotucker as gt
+    >>> tensor = np.arange(24.0).reshape(2, 3, 4)
+    >>> point = gt.hosvd(tensor, gt.Tolerance(1e-10))
+    >>> point.ranks, np.allclose(gt.to_dense(point), tensor)
+    ((2, 2, 2), True)
+    """
+    _check_tensor(tensor)
+    spectrum, vectors = _decompose(tensor, _ops.shape(tensor))
+    (chosen,) = choose(as_rule(ranks), [spectrum])
+    return TuckerPoint(*_rotate(tensor, vectors, chosen))
+
+
+def st_hosvd(tensor: Array, ranks: Any) -> TuckerPoint:
+    """Sequentially truncated HOSVD: each mode is cut before the next is decomposed.
+
+    Much cheaper than `hosvd` on large tensors and with the same guarantee.
+
+    Parameters
+    ----------
+    tensor : array, shape (n_1, ..., n_d)
+        Real floating array of any backend.
+    ranks : ModeRule, int, float or tuple
+        A rule that decides mode by mode.
+
+    Returns
+    -------
+    TuckerPoint
+
+    Raises
+    ------
+    RankError
+        If the rule needs the spectra of all modes at once.
+
+    References
+    ----------
+    Vannieuwenhoven, Vandebril, Meerbergen. A new truncation strategy for the higher-order
+    singular value decomposition. SIAM J. Sci. Comput. 34 (2012), Theorem 6.5.
+
+    Examples
+    --------
+    >>> import numpy as np, geotucker as gt
+    >>> gt.st_hosvd(np.arange(24.0).reshape(2, 3, 4), gt.Tolerance(1e-10)).ranks
+    (2, 2, 2)
+    """
+    _check_tensor(tensor)
+    rule = as_rule(ranks)
+    if not isinstance(rule, ModeRule):
+        raise RankError(
+            f"ranks: st_hosvd needs a rule that decides mode by mode, got {rule}; use hosvd"
+        )
+    shape = _ops.shape(tensor)
+    core, factors = tensor, []
+    for mode in range(len(shape)):
+        u, s = _ops.svd(_ops.unfold(core, mode))
+        factors.append(u[:, : rule.mode_rank(_values(s), mode, shape)])
+        core = _ops.mode_product(core, factors[-1], mode, transpose=True)
+    return TuckerPoint(*_drop_infeasible(core, factors))
+
+
+def _check_tensor(tensor: Array) -> None:
+    check_floating(tensor, "tensor")
+    if not _ops.shape(tensor):
+        raise RankError("tensor: expected order at least 1, got a scalar")
+    check_finite(tensor, "tensor")

@@ -1,0 +1,213 @@
+"""What all integrators share: their interface, the core's one-step scheme, the last phases.
+
+Every integrator here is the same four phases and differs in the first two only:
+
+1. new bases that contain the old ones, so that the tensor does not change (`augment`);
+2. a gradient with respect to the core in these bases;
+3. one step of a one-step scheme on the core;
+4. truncation to the ranks that a rule chooses.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeAlias
+
+from .. import _ops
+from .._geometry import Gradient
+from .._hosvd import truncate
+from .._moments import lift, rotate
+from .._ops import Array
+from .._ranks import RankRule
+from .._tensor import TuckerPoint, check_finite
+
+__all__ = ["CoreScheme", "Euler", "Evaluate", "HeavyBall", "Report", "State", "StepResult"]
+
+Evaluate: TypeAlias = Callable[[TuckerPoint], tuple[float, Gradient]]
+"""An objective: from a point to its loss and ambient gradient Z (see `geotucker.project`)."""
+
+Schedule: TypeAlias = float | Callable[[int], float]
+"""A step size, or a function from the step's number (from 0) to it."""
+
+
+class State(NamedTuple):
+    """What an integrator carries from step to step.
+
+    Parameters
+    ----------
+    step : int
+        Steps taken.
+    moments : tuple of arrays
+        Of the one-step scheme, each shaped like the core.
+    """
+
+    step: int
+    moments: tuple[Array, ...]
+
+
+class Report(NamedTuple):
+    """What happened in a step.
+
+    Parameters
+    ----------
+    loss : float
+        Before the step.
+    gradient_norm : float
+        ``||P(W) Z||`` before the step.
+    ranks : tuple of int
+        After the step.
+    error_bound : float
+        Bound of the truncation error of this step, ``||W - W_truncated||``.
+    evaluations : int
+        Gradients that were asked for.
+    """
+
+    loss: float
+    gradient_norm: float
+    ranks: tuple[int, ...]
+    error_bound: float
+    evaluations: int
+
+
+class StepResult(NamedTuple):
+    """The new point, the new state and the report of one step."""
+
+    point: TuckerPoint
+    state: State
+    report: Report
+
+
+class CoreScheme(Protocol):
+    """A one-step scheme for the core: any callable of this form.
+
+    A scheme with memory also has a method ``init(core) -> tuple of zeros like the core``;
+    the integrators carry these moments through basis changes.
+    """
+
+    def __call__(
+        self, core: Array, gradient: Array, lr: float, moments: tuple[Array, ...]
+    ) -> tuple[Array, tuple[Array, ...]]:
+        """Return the new core and the new moments."""
+        ...
+
+
+@dataclass(frozen=True)
+class Euler:
+    """Explicit Euler, ``C - lr * gradient``: gradient descent.
+
+    Examples
+    --------
+    >>> import numpy as np, geotucker as gt
+    >>> gt.Euler()(np.ones(1), np.ones(1), 0.25, ())[0].tolist()
+    [0.75]
+    """
+
+    def __call__(
+        self, core: Array, gradient: Array, lr: float, moments: tuple[Array, ...]
+    ) -> tuple[Array, tuple[Array, ...]]:
+        """Take the step."""
+        return core - lr * gradient, moments
+
+
+@dataclass(frozen=True)
+class HeavyBall:
+    """Gradient descent with momentum, ``v <- momentum * v + gradient; C <- C - lr * v``.
+
+    Parameters
+    ----------
+    momentum : float
+        In [0, 1).
+
+    Examples
+    --------
+    >>> import numpy as np, geotucker as gt
+    >>> core, moments = gt.HeavyBall(0.5)(np.ones(1), np.ones(1), 0.1, (np.ones(1),))
+    >>> core.tolist(), moments[0].tolist()
+    ([0.85], [1.5])
+    """
+
+    momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        if not 0.0 <= self.momentum < 1.0:
+            raise ValueError(f"momentum: expected a number in [0, 1), got {self.momentum}")
+
+    def init(self, core: Array) -> tuple[Array, ...]:
+        """Return a velocity of zero."""
+        return (_ops.zeros(_ops.shape(core), like=core),)
+
+    def __call__(
+        self, core: Array, gradient: Array, lr: float, moments: tuple[Array, ...]
+    ) -> tuple[Array, tuple[Array, ...]]:
+        """Take the step."""
+        velocity = self.momentum * moments[0] + gradient
+        return core - lr * velocity, (velocity,)
+
+
+class Integrator(Protocol):
+    """The interface of all integrators: settings are fields, state goes in and comes out."""
+
+    def init(self, point: TuckerPoint) -> State:
+        """Return the state before the first step."""
+        ...
+
+    def step(
+        self, point: TuckerPoint, evaluate: Evaluate, state: State, ranks: RankRule
+    ) -> StepResult:
+        """Take one step; nothing that is passed in is changed."""
+        ...
+
+
+@dataclass(frozen=True)
+class OneStep:
+    """Settings that all integrators have.
+
+    Parameters
+    ----------
+    lr : float or callable
+        Step size, or a function from the number of the step (from 0) to it.
+    scheme : CoreScheme
+        One-step scheme for the core: `Euler`, `HeavyBall`, or any callable like them.
+
+    Raises
+    ------
+    ValueError
+        If `lr` is not positive.
+    """
+
+    lr: Schedule = 0.1
+    scheme: CoreScheme = Euler()
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        if not callable(self.lr) and not self.lr > 0:
+            raise ValueError(f"lr: expected a positive number or a schedule, got {self.lr}")
+
+    def init(self, point: TuckerPoint) -> State:
+        """Return the state before the first step."""
+        init = getattr(self.scheme, "init", None)
+        return State(0, init(point.core) if init is not None else ())
+
+    def rate(self, state: State) -> float:
+        """Return the step size of the coming step."""
+        return self.lr(state.step) if callable(self.lr) else self.lr
+
+
+def finish(
+    settings: OneStep,
+    wide: TuckerPoint,
+    gradient: Array,  # with respect to the core of `wide`
+    state: State,
+    ranks: RankRule,
+    measured: tuple[float, float, int],  # loss, gradient norm, evaluations
+) -> StepResult:
+    """Phases 3 and 4: one step of the scheme on the wide core, then truncation."""
+    check_finite(gradient, "gradient")
+    moments = tuple(lift(moment, wide.ranks) for moment in state.moments)
+    core, moments = settings.scheme(wide.core, gradient, settings.rate(state), moments)
+    check_finite(core, "core after the step")
+    (cut,) = truncate([TuckerPoint(core, wide.factors)], ranks)
+    moments = tuple(rotate(moment, cut.rotations) for moment in moments)
+    loss, gradient_norm, evaluations = measured
+    report = Report(loss, gradient_norm, cut.point.ranks, cut.error_bound, evaluations)
+    return StepResult(cut.point, State(state.step + 1, moments), report)

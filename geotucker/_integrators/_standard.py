@@ -1,0 +1,117 @@
+"""The standard integrator of Theorem 2.1 with d + 1 gradients: the reference for the others."""
+
+from dataclasses import dataclass
+
+from .. import _geometry as geometry
+from .. import _ops
+from .._ops import Array
+from .._ranks import RankRule
+from .._tensor import TuckerPoint, check_finite
+from ._base import Evaluate, OneStep, State, StepResult, finish
+
+__all__ = ["Standard"]
+
+
+@dataclass(frozen=True)
+class Standard(OneStep):
+    """Integrate the reparametrised system of Theorem 2.1 (arXiv:2305.19059) mode by mode.
+
+    For each mode, QR ``Mat_i(C)^T = Q_i S_i^T`` and an Euler step for ``K_i = U_i S_i``::
+
+        K_i(1) = K_i - lr grad_{K_i} L(Ten_i(Q_i^T) x_{j != i} U_j x_i K_i)
+
+    with a gradient of its own, at the point written in that form. Then one step of the core
+    with a gradient at the new bases: d + 1 gradients in all. `TDLRT` needs one and is tested
+    against this; use this one to check, not to train.
+
+    Parameters
+    ----------
+    lr : float or callable
+        Step size, or a function from the number of the step (from 0) to it.
+    scheme : CoreScheme
+        One-step scheme for the core.
+    augmented : bool
+        True: bases ``orth[U_i | K_i(1)]``, rank-adaptive, the tensor unchanged before the
+        core's step (Ceruti, Kusch, Lubich 2022). False: bases ``orth K_i(1)``, the core
+        projected on them (Ceruti, Lubich 2022, the unconventional integrator): ranks never
+        grow.
+
+    Examples
+    --------
+    >>> import numpy as np, geotucker as gt
+    >>> target = np.diag([3.0, 2.0, 0.0])
+    >>> objective = lambda w: (0.0, gt.to_dense(w) - target)
+    >>> start, integrator = gt.hosvd(np.ones((3, 3)), 1), gt.Standard(lr=1.0)
+    >>> result = integrator.step(start, objective, integrator.init(start), gt.Tolerance(1e-8))
+    >>> result.report.ranks, result.report.evaluations
+    ((2, 2), 3)
+    """
+
+    augmented: bool = True
+
+    def step(
+        self, point: TuckerPoint, evaluate: Evaluate, state: State, ranks: RankRule
+    ) -> StepResult:
+        """Take one step; nothing that is passed in is changed.
+
+        Parameters
+        ----------
+        point : TuckerPoint
+            With orthonormal factors.
+        evaluate : callable
+            From a point (with factors that need not be orthonormal) to
+            ``(loss, ambient gradient)``; called d + 1 times.
+        state : State
+        ranks : RankRule
+
+        Returns
+        -------
+        StepResult
+
+        Raises
+        ------
+        NonFiniteError
+            If a gradient or the new core is not finite.
+        """
+        rate = self.rate(state)
+        forms = [_k_form(point, mode) for mode in range(point.order)]
+        evaluated = [evaluate(form) for form in forms]
+        ends = [
+            form.factors[mode] - rate * _k_gradient(form, mode, gradient)
+            for mode, (form, (_, gradient)) in enumerate(zip(forms, evaluated, strict=True))
+        ]
+        loss, gradient = evaluated[0]
+        norm = geometry.norm_tangent(geometry.project(point, gradient))
+        if self.augmented:
+            wide = geometry.augment(point, ends)
+        else:
+            wide, state = _rebase(point, ends, state)
+        core_gradient = geometry.contract(evaluate(wide)[1], wide.factors)
+        measured = (float(loss), norm, point.order + 1)
+        return finish(self, wide, core_gradient, state, ranks, measured)
+
+
+def _k_form(point: TuckerPoint, mode: int) -> TuckerPoint:
+    """Write the same tensor as ``Ten_i(Q_i^T) x_{j != i} U_j x_i K_i``."""
+    unfolded = _ops.unfold(point.core, mode)
+    q, _ = _ops.qr(unfolded.T)
+    k = point.factors[mode] @ (unfolded @ q)
+    factors = tuple(k if i == mode else u for i, u in enumerate(point.factors))
+    return TuckerPoint(_ops.fold(q.T, mode, point.ranks), factors)
+
+
+def _k_gradient(form: TuckerPoint, mode: int, gradient: geometry.Gradient) -> Array:
+    """Return ``grad_{K_i} L``, which is a factor gradient of the point in that form."""
+    geometry.check_gradient(gradient, form)
+    g = _ops.unfold(geometry.contract(gradient, form.factors, skip=mode), mode)
+    check_finite(g, "gradient")
+    return g @ _ops.unfold(form.core, mode).T
+
+
+def _rebase(point: TuckerPoint, ends: list[Array], state: State) -> tuple[TuckerPoint, State]:
+    """Project core and moments on the bases ``orth K_i(1)``."""
+    factors = tuple(_ops.qr(k)[0] for k in ends)
+    maps = [new.T @ old for new, old in zip(factors, point.factors, strict=True)]
+    moments = tuple(_ops.multi_mode_product(moment, maps) for moment in state.moments)
+    core = _ops.multi_mode_product(point.core, maps)
+    return TuckerPoint(core, factors), State(state.step, moments)

@@ -1,0 +1,72 @@
+"""TDLRT: augment, Galerkin step of the core, truncate. Algorithm 1 of arXiv:2305.19059."""
+
+from dataclasses import dataclass
+
+from .. import _geometry as geometry
+from .._ranks import RankRule
+from .._tensor import TuckerPoint
+from ._base import Evaluate, OneStep, State, StepResult, finish
+
+__all__ = ["TDLRT"]
+
+
+@dataclass(frozen=True)
+class TDLRT(OneStep):
+    """Geometry-aware, rank-adaptive step of Algorithm 1 (Zangrando et al., NeurIPS 2024).
+
+    1. ``grad_{U_i} L`` in every mode (Corollary 2.2: they span, with U_i, what the K-steps of
+       Theorem 2.1 would span);
+    2. ``Uhat_i = orth[U_i | grad_{U_i} L]``, core padded with zeros;
+    3. one step of the scheme on the core with ``grad_C L = Z x_i Uhat_i^T``;
+    4. HOSVD truncation by the rank rule.
+
+    Step 2 leaves W unchanged, so that an explicit ambient gradient Z serves both steps and is
+    asked for once. With fixed ranks the rule cuts back to them.
+
+    Parameters
+    ----------
+    lr : float or callable
+        Step size, or a function from the number of the step (from 0) to it.
+    scheme : CoreScheme
+        One-step scheme for the core.
+
+    Examples
+    --------
+    >>> import numpy as np, geotucker as gt
+    >>> target = np.diag([3.0, 2.0, 0.0])
+    >>> objective = lambda w: (0.0, gt.to_dense(w) - target)
+    >>> start, integrator = gt.hosvd(np.ones((3, 3)), 1), gt.TDLRT(lr=1.0)
+    >>> result = integrator.step(start, objective, integrator.init(start), gt.Tolerance(1e-8))
+    >>> result.report.ranks, result.report.evaluations
+    ((2, 2), 1)
+    """
+
+    def step(
+        self, point: TuckerPoint, evaluate: Evaluate, state: State, ranks: RankRule
+    ) -> StepResult:
+        """Take one step; nothing that is passed in is changed.
+
+        Parameters
+        ----------
+        point : TuckerPoint
+            With orthonormal factors.
+        evaluate : callable
+            From a point to ``(loss, ambient gradient)``; called once.
+        state : State
+        ranks : RankRule
+
+        Returns
+        -------
+        StepResult
+
+        Raises
+        ------
+        NonFiniteError
+            If the gradient or the new core is not finite.
+        """
+        loss, gradient = evaluate(point)
+        modes = geometry.mode_gradients(point, gradient)
+        norm = geometry.norm_tangent(geometry.project_modes(point, modes))
+        wide = geometry.augment(point, geometry.factor_gradients(point, modes))
+        wide_gradient = geometry.contract(gradient, wide.factors)
+        return finish(self, wide, wide_gradient, state, ranks, (float(loss), norm, 1))

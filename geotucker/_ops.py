@@ -1,0 +1,251 @@
+"""The one door to TensorLy: every array operation of the core passes here.
+
+TensorLy's ``tl.xyz`` functions run under a *global* backend that users switch and that
+importing other packages may flip; under the wrong one some return NumPy arrays without a
+word, and autograd's threads do not see a thread-local choice. So the functions below ask
+TensorLy for the backend *object* that belongs to the array at hand and call that. The
+global choice is neither read nor written.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+import numpy as np
+from tensorly.backend import BackendManager
+
+from ._errors import BackendError
+
+__all__ = [
+    "Array",
+    "backend_name",
+    "concatenate",
+    "diagonal",
+    "dtype_name",
+    "fold",
+    "is_real_floating",
+    "like",
+    "max_abs",
+    "mode_product",
+    "moveaxis",
+    "multi_mode_product",
+    "norm",
+    "qr",
+    "reshape",
+    "shape",
+    "sign",
+    "svd",
+    "tensordot",
+    "to_numpy",
+    "unfold",
+    "vdot",
+    "zeros",
+]
+
+Array: TypeAlias = Any
+"""An array of any of TensorLy's backends; there is no common static type."""
+
+# Top-level module of the array's class -> TensorLy's name for it.
+_BACKENDS = {"numpy": "numpy", "torch": "pytorch", "jax": "jax", "jaxlib": "jax", "cupy": "cupy"}
+
+_REAL = {"float16", "bfloat16", "float32", "float64"}
+# LAPACK has no half precision: QR and SVD of these run in float32.
+_HALF = {"float16", "bfloat16"}
+
+
+@lru_cache(maxsize=256)
+def _name_of(kind: type) -> str:
+    for base in kind.__mro__:
+        name = _BACKENDS.get(base.__module__.partition(".")[0])
+        if name is not None:
+            return name
+    raise BackendError(
+        f"expected an array of NumPy, PyTorch, JAX or CuPy, got {kind.__module__}.{kind.__name__}; "
+        "convert it first, for instance with numpy.asarray"
+    )
+
+
+@lru_cache(maxsize=8)
+def _load(name: str) -> Any:
+    """Return TensorLy's backend object called `name`, without side effects on the process."""
+    if name != "jax":
+        return BackendManager.load_backend(name)
+    # Importing TensorLy's JAX backend turns on 64-bit mode for the whole process.
+    config = sys.modules["jax"].config
+    x64 = config.jax_enable_x64
+    backend = BackendManager.load_backend(name)
+    config.update("jax_enable_x64", x64)
+    return backend
+
+
+def backend_name(array: Array) -> str:
+    """Return TensorLy's name of the library that `array` belongs to."""
+    kind: type = type(array)
+    return _name_of(kind)
+
+
+def _backend(array: Array) -> Any:
+    return _load(backend_name(array))
+
+
+def dtype_name(array: Array) -> str:
+    """Return the dtype as a plain word: ``"float32"`` for any library's float32."""
+    return str(array.dtype).rpartition(".")[2]
+
+
+def is_real_floating(array: Array) -> bool:
+    """Tell whether the dtype is a real floating one."""
+    return dtype_name(array) in _REAL
+
+
+def shape(array: Array) -> tuple[int, ...]:
+    """Return the shape as a tuple of Python integers."""
+    return tuple(int(n) for n in array.shape)
+
+
+def reshape(array: Array, new_shape: Sequence[int]) -> Array:
+    """Return `array` in another shape, C order."""
+    return _backend(array).reshape(array, tuple(new_shape))
+
+
+def moveaxis(array: Array, source: int, destination: int) -> Array:
+    """Move one axis to another place."""
+    return _backend(array).moveaxis(array, source, destination)
+
+
+def tensordot(a: Array, b: Array, axes: tuple[Sequence[int], Sequence[int]]) -> Array:
+    """Contract axes of `a` with axes of `b`."""
+    return _backend(a).tensordot(a, b, axes=(list(axes[0]), list(axes[1])))
+
+
+def concatenate(arrays: Sequence[Array], axis: int) -> Array:
+    """Join arrays along an existing axis."""
+    return _backend(arrays[0]).concatenate(list(arrays), axis=axis)
+
+
+def zeros(new_shape: Sequence[int], like: Array) -> Array:
+    """Return zeros with the library, dtype and device of `like`, outside any autograd graph."""
+    backend = _backend(like)
+    context = backend.context(like)
+    context.pop("requires_grad", None)  # TensorLy would make the zeros trainable
+    return backend.zeros(tuple(new_shape), **context)
+
+
+def sign(array: Array) -> Array:
+    """Entry-wise sign."""
+    return _backend(array).sign(array)
+
+
+def diagonal(matrix: Array) -> Array:
+    """Return the main diagonal of a matrix."""
+    return _backend(matrix).diag(matrix)
+
+
+def like(values: Any, reference: Array) -> Array:
+    """Return host values as an array with the library, dtype and device of `reference`."""
+    backend = _backend(reference)
+    context = backend.context(reference)
+    context.pop("requires_grad", None)
+    return backend.tensor(np.asarray(values), **context)
+
+
+def max_abs(array: Array, axis: int | None = None) -> Array:
+    """Largest magnitude, along an axis or (as a Python float) of all entries.
+
+    NaN propagates on every backend, so a finite result proves that every entry is finite.
+    """
+    backend = _backend(array)
+    if axis is not None:
+        return backend.max(backend.abs(array), axis=axis)
+    return float(backend.max(backend.abs(array)))
+
+
+def norm(array: Array) -> float:
+    """Frobenius norm, safe against overflow and underflow of the squares."""
+    largest: float = max_abs(array)
+    if largest == 0.0 or not math.isfinite(largest):
+        return largest
+    backend = _backend(array)
+    scaled = array / largest
+    return largest * math.sqrt(float(backend.sum(scaled * scaled)))
+
+
+def vdot(a: Array, b: Array) -> float:
+    """Euclidean inner product of two arrays of one shape."""
+    return float(_backend(a).sum(a * b))
+
+
+def to_numpy(array: Array) -> "np.ndarray[Any, np.dtype[Any]]":
+    """Copy to a NumPy array on the host."""
+    return np.asarray(_backend(array).to_numpy(array))
+
+
+def _cast(array: Array, dtype: Any) -> Array:
+    return _backend(array).tensor(array, dtype=dtype)
+
+
+def qr(matrix: Array) -> tuple[Array, Array]:
+    """Reduced QR decomposition by Householder reflections.
+
+    Q is orthonormal to rounding even if `matrix` is rank-deficient or zero.
+    """
+    backend = _backend(matrix)
+    if dtype_name(matrix) in _HALF:
+        q, r = backend.qr(_cast(matrix, backend.float32))
+        return _cast(q, matrix.dtype), _cast(r, matrix.dtype)
+    q, r = backend.qr(matrix)
+    return q, r
+
+
+def svd(matrix: Array) -> tuple[Array, Array]:
+    """Left singular vectors and singular values, descending.
+
+    A wide matrix is first reduced by a QR decomposition of its transpose, which costs
+    far less than the SVD and, unlike the Gram matrix, keeps small singular values exact.
+    """
+    backend = _backend(matrix)
+    if dtype_name(matrix) in _HALF:
+        u, s = svd(_cast(matrix, backend.float32))
+        return _cast(u, matrix.dtype), s
+    rows, columns = shape(matrix)
+    if columns > rows:
+        matrix = backend.qr(matrix.T)[1].T
+    u, s, _ = backend.svd(matrix, full_matrices=False)
+    return u, s
+
+
+def unfold(tensor: Array, mode: int) -> Array:
+    """Return Mat_i(tensor), the mode-i unfolding, of shape ``(n_i, prod_{j != i} n_j)``."""
+    return reshape(moveaxis(tensor, mode, 0), (shape(tensor)[mode], -1))
+
+
+def fold(matrix: Array, mode: int, new_shape: Sequence[int]) -> Array:
+    """Return Ten_i(matrix), the tensor of shape `new_shape` whose mode-i unfolding it is."""
+    moved = [new_shape[mode], *new_shape[:mode], *new_shape[mode + 1 :]]
+    return moveaxis(reshape(matrix, moved), 0, mode)
+
+
+def mode_product(tensor: Array, matrix: Array, mode: int, transpose: bool = False) -> Array:
+    """Return ``tensor x_mode matrix`` (or its transpose): the matrix applied to one mode."""
+    product = tensordot(matrix, tensor, ((0 if transpose else 1,), (mode,)))
+    return moveaxis(product, 0, mode)
+
+
+def multi_mode_product(
+    tensor: Array,  # shape: (m_1, ..., m_d)
+    matrices: Sequence[Array],  # shapes: (n_i, m_i), or (m_i, n_i) with transpose
+    transpose: bool = False,
+    skip: int | None = None,
+) -> Array:  # shape: (n_1, ..., n_d), with m_i at i = skip
+    """Apply a matrix to every mode but `skip`, the strongest reduction first."""
+
+    def growth(mode: int) -> float:
+        rows, columns = shape(matrices[mode])
+        return columns / rows if transpose else rows / columns
+
+    modes = [mode for mode in range(len(matrices)) if mode != skip]
+    for mode in sorted(modes, key=growth):
+        tensor = mode_product(tensor, matrices[mode], mode, transpose)
+    return tensor
