@@ -1,0 +1,79 @@
+"""The Tucker tensors of a model, whatever module holds them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import geotucker as gt
+
+from ._layers import TuckerModule
+
+__all__ = ["Slot", "find_slots"]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One Tucker tensor of a model: the parameters that hold it, under their dotted name.
+
+    Reading detaches; writing keeps the Parameter objects and gives them new storage, so that
+    param groups, the optimizer's state and references elsewhere stay valid at any rank.
+    """
+
+    name: str
+    core: nn.Parameter
+    factors: tuple[nn.Parameter, ...]
+    # Modules with an attribute `rank` to keep in step (tensorly-torch reads it in forward).
+    ranked: tuple[nn.Module, ...] = ()
+
+    @property
+    def point(self) -> gt.TuckerPoint:
+        """The tensor as a detached point that shares storage with the parameters."""
+        return gt.TuckerPoint(self.core.detach(), tuple(f.detach() for f in self.factors))
+
+    def write(self, point: gt.TuckerPoint) -> None:
+        """Put a point of any ranks into the parameters; their gradients are dropped."""
+        arrays = (point.core, *point.factors)
+        with torch.no_grad():
+            for parameter, array in zip((self.core, *self.factors), arrays, strict=True):
+                parameter.grad = None  # it would have the old shape
+                # Not `parameter.data = ...`, which breaks graphs and optimizer state.
+                parameter.set_(array.contiguous())  # type: ignore[call-overload]
+        for module in self.ranked:
+            module.rank = point.ranks  # type: ignore[assignment]
+
+
+def find_slots(model: nn.Module) -> list[Slot]:
+    """Return the Tucker tensors of a model, each once, in the order of its modules.
+
+    Found are the layers of this package and every ``tltorch.TuckerTensor`` (which
+    FactorizedConv, FactorizedLinear, TRL and the like hold). Complex ones are left alone.
+    """
+    slots: dict[nn.Parameter, Slot] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, TuckerModule) or _is_tltorch_tucker(module):
+            core = module.core
+            if not isinstance(core, nn.Parameter) or core in slots:
+                continue
+            factors = tuple(module.factors)  # type: ignore[arg-type]
+            slots[core] = Slot(name, core, factors, tuple(_ranked(model, module)))
+    return list(slots.values())
+
+
+def _is_tltorch_tucker(module: nn.Module) -> bool:
+    # By name: importing tensorly-torch would switch TensorLy's backend for everyone.
+    names = {
+        base.__name__ for base in type(module).__mro__ if base.__module__.startswith("tltorch.")
+    }
+    return "TuckerTensor" in names and not any(name.startswith("Complex") for name in names)
+
+
+def _ranked(model: nn.Module, tensor: nn.Module) -> Iterator[nn.Module]:
+    """Yield the tensorly-torch modules that repeat the ranks of `tensor` in an attribute."""
+    if isinstance(tensor, TuckerModule):
+        return
+    yield tensor
+    for module in model.modules():
+        if getattr(module, "weight", None) is tensor and hasattr(module, "rank"):
+            yield module

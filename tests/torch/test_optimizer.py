@@ -1,0 +1,467 @@
+"""The optimizer: equal to the core's integrator, at home in torch, all or nothing."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import geotucker as gt
+from geotucker.testing import check_orthonormal
+from geotucker_torch import TDLRT, TuckerConv2d, TuckerLinear, factorize
+
+
+def problem(seed=0, bias=True):
+    """Return a small network of Tucker layers in float64 and a closure maker."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(8 * 25, 12, bias=bias),
+        nn.Tanh(),
+        nn.Linear(12, 4),
+    ).double()
+    model = factorize(model, {"0": 3, "3": 4}, verbose=False)
+    x, y = torch.randn(16, 3, 5, 5).double(), torch.randint(0, 4, (16,))
+
+    def closure_for(optimizer):
+        def closure():
+            closure.calls += 1
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        closure.calls = 0
+        return closure
+
+    return model, closure_for
+
+
+def snapshot(model, optimizer):
+    return copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+
+
+def assert_same(a, b):
+    """Assert that nested containers of tensors and numbers are equal to the bit."""
+    assert type(a) is type(b)
+    if torch.is_tensor(a):
+        assert a.shape == b.shape and torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+@pytest.mark.parametrize("rule", [gt.Fixed(3), gt.Tolerance(0.1), gt.Tolerance(1e-3)])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_equals_the_integrator_of_the_core(rule, momentum):
+    torch.manual_seed(1)
+    layer = TuckerLinear(9, 7, 3, bias=False).double()
+    x, target = torch.randn(20, 9).double(), torch.randn(20, 7).double()
+
+    def objective(point):
+        weight = gt.to_dense(point).detach().requires_grad_()
+        loss = nn.functional.mse_loss(x @ weight.T, target)
+        (gradient,) = torch.autograd.grad(loss, weight)
+        return loss.item(), gradient
+
+    scheme = gt.HeavyBall(momentum) if momentum else gt.Euler()
+    integrator = gt.TDLRT(0.3, scheme)
+    point = layer.point
+    state = integrator.init(point)
+    optimizer = TDLRT(torch.optim.SGD(layer.parameters(), 0.3, momentum), layer, rule)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(layer(x), target)
+        loss.backward()
+        return loss
+
+    for _ in range(10):
+        loss = optimizer.step(closure)
+        point, state, report = integrator.step(point, objective, state, rule)
+        assert loss.item() == pytest.approx(report.loss, rel=1e-10)
+        assert layer.ranks == point.ranks
+        torch.testing.assert_close(layer.dense_weight(), gt.to_dense(point), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_full_ranks_train_as_the_dense_layer(decay, nesterov):
+    torch.manual_seed(0)
+    dense = nn.Conv2d(3, 4, 2).double()
+    layer = TuckerConv2d.from_dense(dense, (4, 3, 2, 2))
+    settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": decay, "nesterov": nesterov}
+    reference = torch.optim.SGD(dense.parameters(), **settings)
+    optimizer = TDLRT(torch.optim.SGD(layer.parameters(), **settings), layer)
+    x = torch.randn(6, 3, 4, 4).double()
+
+    def run(module, opt):
+        def closure():
+            opt.zero_grad()
+            loss = (module(x) ** 4).mean()
+            loss.backward()
+            return loss
+
+        return opt.step(closure)
+
+    for _ in range(20):
+        run(dense, reference)
+        run(layer, optimizer)
+    torch.testing.assert_close(layer.dense_weight(), dense.weight, rtol=0, atol=1e-11)
+    torch.testing.assert_close(layer.bias, dense.bias, rtol=0, atol=1e-11)
+
+
+OPTIMIZERS = {
+    "SGD": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True, weight_decay=1e-3),
+    "Adam": lambda p: torch.optim.Adam(p, 1e-2, amsgrad=True),
+    "AdamW": lambda p: torch.optim.AdamW(p, 1e-2),
+    "AdamW fused": lambda p: torch.optim.AdamW(p, 1e-2, fused=True),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, 1e-2),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, 1e-3, momentum=0.9, centered=True),
+    "Adadelta": lambda p: torch.optim.Adadelta(p, 1.0),
+    "NAdam": lambda p: torch.optim.NAdam(p, 1e-2),
+    "RAdam": lambda p: torch.optim.RAdam(p, 1e-2),
+    "Adamax": lambda p: torch.optim.Adamax(p, 1e-2),
+    "ASGD": lambda p: torch.optim.ASGD(p, 1e-1),
+    "Rprop": lambda p: torch.optim.Rprop(p, 1e-3),
+    "Adafactor": lambda p: torch.optim.Adafactor(p, 1e-2),
+}
+
+
+@pytest.mark.parametrize("rule", [gt.Tolerance(0.05), None], ids=["tolerance", "fixed"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_wraps_any_optimizer(name, rule):
+    model, closure_for = problem()
+    optimizer = TDLRT(OPTIMIZERS[name](model.parameters()), model, rule)
+    closure = closure_for(optimizer)
+    losses = [optimizer.step(closure).item() for _ in range(15)]
+    assert min(losses[5:]) < losses[0]
+    for layer in (model[0], model[3]):
+        check_orthonormal(layer.point)
+        for value in optimizer.state[layer.core].values():
+            if torch.is_tensor(value) and value.dim() == layer.core.dim():
+                assert value.shape == layer.core.shape
+        assert all(factor not in optimizer.state for factor in layer.factors)
+
+
+def test_second_moments_stay_nonnegative():
+    model, closure_for = problem()
+    optimizer = TDLRT(torch.optim.Adam(model.parameters(), 1e-2), model, gt.Tolerance(0.2))
+    closure = closure_for(optimizer)
+    for _ in range(10):
+        optimizer.step(closure)
+        assert all(float(s["exp_avg_sq"].min()) >= 0 for s in optimizer.state.values())
+
+
+def test_factors_are_neither_stepped_nor_decayed_nor_left_with_gradients():
+    model, closure_for = problem()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=0.5)
+    optimizer = TDLRT(sgd, model)
+    before = model[3].dense_weight()
+    optimizer.step(closure_for(optimizer))
+    torch.testing.assert_close(model[3].dense_weight(), before, rtol=0, atol=1e-12)
+    for factor in model[3].factors:
+        assert factor.grad is None and not factor.requires_grad and factor not in sgd.state
+
+
+def test_factors_trainable_before_stay_trainable():
+    model, closure_for = problem()
+    model.requires_grad_(True)
+    optimizer = TDLRT(torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.5), model)
+    optimizer.step(closure_for(optimizer))
+    assert all(factor.requires_grad for factor in model[3].factors)
+    check_orthonormal(model[3].point)
+
+
+def test_the_closure_runs_twice_in_a_step_that_extends_the_bases_and_once_else():
+    model, closure_for = problem()
+    optimizer = TDLRT(torch.optim.SGD(model.parameters(), 0.05), model, gt.Fixed(3), 3)
+    closure = closure_for(optimizer)
+    calls, ranks = [], []
+    for _ in range(6):
+        before = closure.calls
+        optimizer.step(closure)
+        calls.append(closure.calls - before)
+        ranks.append(optimizer.ranks["3"])
+    assert calls == [2, 1, 1, 2, 1, 1]
+    assert ranks == [(8, 8), (8, 8), (3, 3), (6, 6), (6, 6), (3, 3)]
+
+
+def test_truncate_ends_a_period_early_and_only_the_cut_changes_the_model():
+    model, closure_for = problem()
+    optimizer = TDLRT(torch.optim.SGD(model.parameters(), 0.05), model, gt.Tolerance(0.1), 10)
+    closure = closure_for(optimizer)
+    for _ in range(4):
+        optimizer.step(closure)
+    wide = model[3].dense_weight()
+    optimizer.truncate()
+    assert max(optimizer.ranks["3"]) < 8
+    assert (model[3].dense_weight() - wide).norm() <= 0.1 * wide.norm() * (1 + 1e-9)
+    before = closure.calls
+    optimizer.step(closure)
+    assert closure.calls - before == 2
+
+
+def test_the_second_pass_starts_from_no_gradient_even_if_the_closure_forgets():
+    model, closure_for = problem()
+    twin = copy.deepcopy(model)
+    results = []
+    for network, forget in ((model, False), (twin, True)):
+        optimizer = TDLRT(torch.optim.SGD(network.parameters(), 0.1), network)
+        x = torch.ones(2, 3, 5, 5).double()
+
+        def closure(opt=optimizer, net=network, skip=forget):
+            if not skip:
+                opt.zero_grad()
+            loss = (net(x) ** 2).sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        results.append(network.state_dict())
+    assert_same(*results)
+
+
+def test_ranks_by_pattern_and_ranks_that_stay():
+    model, closure_for = problem()
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = TDLRT(sgd, model, {"0": gt.Fixed((2, 2, 2, 2))})
+    optimizer.step(closure_for(optimizer))
+    assert optimizer.ranks == {"0": (2, 2, 2, 2), "3": (4, 4)}
+
+
+def test_frozen_and_unused_layers_keep_their_weight():
+    model, closure_for = problem()
+    model[0].core.requires_grad_(False)
+    unused = TuckerLinear(6, 5, 2).double()
+    both = nn.ModuleList([model, unused])
+    optimizer = TDLRT(torch.optim.SGD(both.parameters(), 0.1), both)
+    frozen, idle = (layer.dense_weight().detach() for layer in (model[0], unused))
+    optimizer.step(closure_for(optimizer))
+    assert torch.equal(model[0].dense_weight(), frozen)
+    torch.testing.assert_close(unused.dense_weight().detach(), idle)
+    model[0].core.requires_grad_(True)
+    optimizer.step(closure_for(optimizer))
+    assert not torch.allclose(model[0].dense_weight(), frozen)
+
+
+def test_a_layer_used_twice_is_one_tensor():
+    layer = TuckerLinear(6, 6, 2).double()
+    model = nn.Sequential(layer, nn.Tanh(), layer)
+    optimizer = TDLRT(torch.optim.SGD(model.parameters(), 0.1), model)
+    assert list(optimizer.ranks) == ["0"]
+    x = torch.randn(4, 6).double()
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (model(x) - 1).square().mean()
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure).item()
+    for _ in range(20):
+        last = optimizer.step(closure).item()
+    assert last < first
+
+
+def test_schedulers_and_param_groups():
+    model, closure_for = problem()
+    sgd = torch.optim.SGD([{"params": model[:3].parameters(), "lr": 1.0},
+                           {"params": model[3:].parameters()}], lr=0.1)  # fmt: skip
+    optimizer = TDLRT(sgd, model)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    optimizer.step(closure_for(optimizer))
+    scheduler.step()
+    assert [group["lr"] for group in sgd.param_groups] == [0.5, 0.05]
+    assert optimizer.param_groups is sgd.param_groups and optimizer.state is sgd.state
+    extra = nn.Parameter(torch.zeros(1))
+    optimizer.add_param_group({"params": [extra], "lr": 7.0})
+    assert sgd.param_groups[-1]["params"] == [extra]
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)
+    optimizer.step(closure_for(optimizer))
+    cycle.step()
+
+
+def test_step_hooks_run():
+    model, closure_for = problem()
+    optimizer = TDLRT(torch.optim.SGD(model.parameters(), 0.1), model)
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    optimizer.step(closure_for(optimizer))
+    assert seen == ["before", "after"]
+
+
+@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("rule", [None, gt.Tolerance(0.05)], ids=["kept", "tolerance"])
+def test_resume_is_bit_identical(every, rule, tmp_path):
+    def build():
+        model, closure_for = problem()
+        adam = torch.optim.Adam(model.parameters(), 1e-2)
+        optimizer = TDLRT(adam, model, rule, every)
+        return model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 3), closure_for
+
+    def advance(model, optimizer, scheduler, closure_for, steps):
+        closure = closure_for(optimizer)
+        for _ in range(steps):
+            optimizer.step(closure)
+            scheduler.step()
+
+    unbroken = build()
+    advance(*unbroken, 13)
+    first = build()
+    advance(*first, 6)
+    path = tmp_path / "checkpoint.pt"
+    torch.save([part.state_dict() for part in first[:3]], path)
+    second = build()
+    for part, state in zip(second[:3], torch.load(path, weights_only=True), strict=True):
+        part.load_state_dict(state)
+    advance(*second, 7)
+    assert_same(snapshot(*unbroken[:2]), snapshot(*second[:2]))
+
+
+def test_copies_and_pickles_go_on_alike():
+    model, closure_for = problem()
+    optimizer = TDLRT(torch.optim.Adam(model.parameters(), 1e-2), model)
+    optimizer.step(closure_for(optimizer))
+    for twin, net in (
+        copy.deepcopy((optimizer, model)),
+        pickle.loads(pickle.dumps((optimizer, model))),
+    ):
+        assert_same(snapshot(model, optimizer), snapshot(net, twin))
+        assert twin.param_groups[0]["params"][0] is next(net.parameters())
+
+
+class Broken(torch.optim.SGD):
+    """Raises after it has moved the parameters."""
+
+    broken = False
+
+    def step(self, closure=None):
+        super().step()
+        if self.broken:
+            raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("fault", ["first pass", "second pass", "nan", "inf late", "step", "rate"])
+def test_a_failed_step_changes_nothing(fault, every):
+    model, closure_for = problem()
+    wrapped = Broken(model.parameters(), 0.1, momentum=0.9)
+    optimizer = TDLRT(wrapped, model, gt.Tolerance(0.05), every)
+    good = closure_for(optimizer)
+    for _ in range(every):
+        optimizer.step(good)
+    before, calls = snapshot(model, optimizer), good.calls
+
+    def bad():
+        loss = good()
+        second = good.calls == calls + 2
+        if fault == "first pass" or (fault == "second pass" and second):
+            raise KeyError("data")
+        if fault == "nan":
+            model[5].weight.grad[0, 0] = float("nan")
+        if fault == "inf late" and second:
+            model[3].core.grad[0, 0] = float("inf")
+        return loss
+
+    wrapped.broken = fault == "step"
+    rate = optimizer.param_groups[0]["lr"]
+    if fault == "rate":
+        optimizer.param_groups[0]["lr"] = float("inf")
+    errors = (KeyError, RuntimeError, gt.NonFiniteError)
+    with pytest.raises(errors):
+        for _ in range(every):  # an overflow shows when the period ends
+            optimizer.step(bad)
+            if fault == "rate":
+                before = None  # steps before the failing one were whole
+                kept = snapshot(model, optimizer)
+    optimizer.param_groups[0]["lr"] = rate
+    if before is not None:
+        assert_same(snapshot(model, optimizer), before)
+        wrapped.broken = False
+        assert np.isfinite(optimizer.step(good).item())
+    else:
+        kept[1]["param_groups"][0]["lr"] = rate
+        assert_same(snapshot(model, optimizer), kept)
+
+
+def test_non_orthonormal_factors_are_orthonormalised_without_moving_the_weight():
+    model, _ = problem()
+    with torch.no_grad():
+        model[3].factors[0].mul_(3.0)
+    before = model[3].dense_weight()
+    TDLRT(torch.optim.SGD(model.parameters(), 0.1), model)
+    check_orthonormal(model[3].point)
+    torch.testing.assert_close(model[3].dense_weight(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_precision(dtype):
+    model, _ = problem()
+    model = model.to(dtype)
+    optimizer = TDLRT(torch.optim.SGD(model.parameters(), 0.05), model, gt.Tolerance(0.1))
+    x = torch.randn(8, 3, 5, 5, dtype=dtype)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (model(x) - 1).square().mean()
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(20)]
+    assert losses[-1] < losses[0]
+    assert model[3].core.dtype == dtype
+
+
+def test_wrong_arguments():
+    model, closure_for = problem()
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(TypeError, match=r"optimizer: expected a torch\.optim\.Optimizer"):
+        TDLRT(model, model)
+    with pytest.raises(TypeError, match="LBFGS cannot be wrapped"):
+        TDLRT(torch.optim.LBFGS(model.parameters()), model)
+    with pytest.raises(ValueError, match="basis_every: expected a positive integer, got 0"):
+        TDLRT(sgd, model, basis_every=0)
+    with pytest.raises(ValueError, match="call factorize"):
+        TDLRT(torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1), nn.Linear(2, 2))
+    with pytest.raises(gt.RankError, match="pattern 'conv' names none of 0, 3"):
+        TDLRT(sgd, model, {"conv": 3})
+    with pytest.raises(gt.RankError, match="expected a rank rule"):
+        TDLRT(sgd, model, "3")
+    optimizer = TDLRT(sgd, model)
+    with pytest.raises(TypeError, match="TDLRT cannot be wrapped"):
+        TDLRT(optimizer, model)
+    with pytest.raises(TypeError, match="closure: expected a function"):
+        optimizer.step()
+    assert_same(model.state_dict(), before)
+
+
+def test_loading_a_wrong_state_changes_nothing():
+    model, closure_for = problem()
+    optimizer = TDLRT(torch.optim.Adam(model.parameters(), 1e-2), model)
+    optimizer.step(closure_for(optimizer))
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match="expected an entry 'tdlrt'"):
+        optimizer.load_state_dict(optimizer.wrapped.state_dict())
+    other = copy.deepcopy(before)
+    other["tdlrt"]["first_ranks"] = {"x": (1, 1)}
+    with pytest.raises(ValueError, match="expected the Tucker tensors"):
+        optimizer.load_state_dict(other)
+    other = copy.deepcopy(before)
+    other["state"][0]["exp_avg"] = torch.zeros(1, 1, 1, 1)
+    with pytest.raises(ValueError, match="load the model's state_dict"):
+        optimizer.load_state_dict(other)
+    assert_same(optimizer.state_dict(), before)

@@ -1,0 +1,121 @@
+"""tensorly-torch's Tucker tensors train under the optimizer, otherwise untouched."""
+
+import subprocess
+import sys
+
+import pytest
+import tensorly as tl
+import torch
+from torch import nn
+
+import geotucker as gt
+from geotucker.testing import check_orthonormal
+from geotucker_torch import TDLRT, factorize
+
+
+@pytest.fixture
+def tltorch():
+    """tensorly-torch, with TensorLy's backend put back afterwards (its import switches it)."""
+    before = tl.get_backend()
+    module = pytest.importorskip("tltorch", reason="tensorly-torch is not installed")
+    tl.set_backend("pytorch")  # its layers need it at run time
+    yield module
+    tl.set_backend(before)
+
+
+def layers(tltorch):
+    """Return the layers to test, each with the shape of its input."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 6, 3, padding=1)
+    linear = tltorch.FactorizedLinear((2, 4), (3, 4), factorization="tucker", rank=0.5)
+    linear.weight.normal_(0, 0.3)
+    regression = tltorch.TRL((4, 3), (5,), factorization="tucker", rank=(2, 2, 2))
+    nn.init.zeros_(regression.bias) if regression.bias is not None else None
+    regression.weight.normal_(0, 0.3)
+    build = tltorch.FactorizedConv.from_conv
+    return {
+        "factorized conv": (
+            build(conv, rank=(4, 3, 3, 3), factorization="tucker", implementation="factorized"),
+            (8, 4, 5, 5),
+        ),
+        "reconstructed conv": (
+            build(conv, rank=(4, 3, 3, 3), factorization="tucker", implementation="reconstructed"),
+            (8, 4, 5, 5),
+        ),
+        "linear": (linear, (8, 8)),
+        "regression": (regression, (8, 4, 3)),
+    }
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("rule", [gt.Tolerance(0.1), gt.Fixed(2)], ids=["tolerance", "fixed"])
+@pytest.mark.parametrize(
+    "name", ["factorized conv", "reconstructed conv", "linear", "regression"]
+)
+def test_trains(tltorch, name, rule, every):
+    layer, shape = layers(tltorch)[name]
+    x = torch.randn(shape)
+    with torch.no_grad():
+        target = torch.randn_like(layer(x))
+    optimizer = TDLRT(torch.optim.SGD(layer.parameters(), 0.05, momentum=0.5), layer, rule, every)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(layer(x), target)
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(30)]
+    assert losses[-1] < losses[0]
+    check_orthonormal((layer.weight.core.detach(), [f.detach() for f in layer.weight.factors]))
+    ranks = tuple(layer.weight.core.shape)
+    assert tuple(layer.weight.rank) == ranks
+    if hasattr(layer, "rank"):
+        assert tuple(layer.rank) == ranks
+    if isinstance(rule, gt.Fixed):
+        assert max(ranks) == 2
+    with torch.no_grad():
+        weight = layer.weight.to_tensor()
+    torch.testing.assert_close(weight, gt.to_dense(optimizer._slots[0].point))
+
+
+def test_trains_as_our_own_layer(tltorch):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 6, 3, padding=1)
+    ranks = (4, 3, 3, 3)
+    build = tltorch.FactorizedConv.from_conv
+    theirs = build(conv, rank=ranks, factorization="tucker", implementation="factorized").double()
+    ours = factorize(nn.Sequential(conv), ranks, verbose=False).double()
+    with torch.no_grad():  # from_conv iterates, so its starting weight is not the HOSVD
+        start = gt.orthonormalise((theirs.weight.core, theirs.weight.factors))
+        for parameter, value in zip(
+            (ours[0].core, *ours[0].factors), (start.core, *start.factors), strict=True
+        ):
+            parameter.copy_(value)
+    x = torch.randn(8, 4, 5, 5).double()
+    for model in (theirs, ours):
+        optimizer = TDLRT(torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), model)
+
+        def closure(net=model, opt=optimizer):
+            opt.zero_grad()
+            loss = (net(x) - 1).square().mean()
+            loss.backward()
+            return loss
+
+        for _ in range(5):
+            optimizer.step(closure)
+    torch.testing.assert_close(theirs(x), ours(x), rtol=0, atol=1e-11)
+
+
+def test_the_binding_leaves_the_backend_alone():
+    script = (
+        "import tensorly as tl, torch, geotucker as gt\n"
+        "from geotucker_torch import TDLRT, factorize\n"
+        "import sys\n"
+        "model = factorize(torch.nn.Linear(8, 8), 2, verbose=False)\n"
+        "TDLRT(torch.optim.SGD(model.parameters(), 0.1), model)\n"
+        "assert tl.get_backend() == 'numpy', tl.get_backend()\n"
+        "assert 'tltorch' not in sys.modules\n"
+    )
+    path = f"import sys; sys.path[:0] = {[p for p in sys.path if p]!r}\n"
+    subprocess.run([sys.executable, "-c", path + script], check=True)
