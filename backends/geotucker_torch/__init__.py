@@ -1,0 +1,24 @@
+"""Binding for PyTorch: layers in Tucker format, and models that are turned into them.
+
+`factorize` replaces the Linear and convolutional layers of a model by Tucker layers, whose
+weights are a core and orthonormal factors, and `densify` goes back. `TDLRT` wraps a torch
+optimizer and trains them: it moves the bases and adapts the ranks.
+"""
+
+from ._factorize import Factorization, FactorizedLayer, densify, factorize, plan
+from ._layers import TuckerConv1d, TuckerConv2d, TuckerConv3d, TuckerLinear, TuckerModule
+from ._optimizer import TDLRT
+
+__all__ = [
+    "TDLRT",
+    "Factorization",
+    "FactorizedLayer",
+    "TuckerConv1d",
+    "TuckerConv2d",
+    "TuckerConv3d",
+    "TuckerLinear",
+    "TuckerModule",
+    "densify",
+    "factorize",
+    "plan",
+]

@@ -1,0 +1,482 @@
+"""Whole models: dense layers replaced by Tucker layers, and back."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from itertools import chain
+from typing import Any, TypeAlias, TypeVar
+
+from torch import nn
+
+import geotucker as gt
+
+from ._layers import (
+    TuckerConv1d,
+    TuckerConv2d,
+    TuckerConv3d,
+    TuckerLinear,
+    TuckerModule,
+    decompose,
+)
+
+__all__ = ["Factorization", "FactorizedLayer", "densify", "factorize", "plan"]
+
+Selection: TypeAlias = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
+_Model = TypeVar("_Model", bound=nn.Module)
+
+_TUCKER: dict[type[nn.Module], type[TuckerModule]] = {
+    nn.Linear: TuckerLinear,
+    nn.Conv1d: TuckerConv1d,
+    nn.Conv2d: TuckerConv2d,
+    nn.Conv3d: TuckerConv3d,
+}
+_TYPES = tuple(_TUCKER)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass(frozen=True)
+class FactorizedLayer:
+    """What happens, or happened, to one layer: a row of the table.
+
+    Parameters
+    ----------
+    names : tuple of str
+        Dotted names in the model, several if the module is shared; the root's name is "".
+    type : str
+        Name of the dense layer's class.
+    shape : tuple of int
+        Shape of the weight; empty if it has none yet.
+    ranks : tuple of int, optional
+        Ranks of the Tucker layer; None if the layer stays dense.
+    before, after : int
+        Parameters, bias included.
+    reason : str
+        Why the layer stays dense; empty if it does not.
+    """
+
+    names: tuple[str, ...]
+    type: str
+    shape: tuple[int, ...]
+    ranks: tuple[int, ...] | None
+    before: int
+    after: int
+    reason: str = ""
+
+    @property
+    def name(self) -> str:
+        """The first of the names."""
+        return self.names[0]
+
+
+@dataclass(frozen=True)
+class Factorization:
+    """What `factorize` does to a model; ``str()`` gives a table.
+
+    Parameters
+    ----------
+    layers : tuple of FactorizedLayer
+        All layers of the wanted types, in the order of the model, replaced or not.
+    before, after : int
+        Parameters of the whole model, each counted once.
+    unmatched : tuple of str
+        Patterns that match none of these layers: misspelt, perhaps.
+    """
+
+    layers: tuple[FactorizedLayer, ...]
+    before: int
+    after: int
+    unmatched: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """Return the table as plain text."""
+        head = ("layer", "type", "shape", "ranks", "before", "after", "")
+        done = [layer for layer in self.layers if layer.ranks is not None]
+        sums = (sum(layer.before for layer in done), sum(layer.after for layer in done))
+        replaced = f"{len(done)} of {len(self.layers)} layers"
+        rows = [head, *map(_cells, self.layers)]
+        rows.append((replaced, "", "", "", *_counts(*sums)))
+        rows.append(("whole model", "", "", "", *_counts(self.before, self.after)))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(head) - 1)]
+        lines = [_line(row, widths) for row in rows]
+        rule = "-" * max(map(len, lines))
+        notes = [f"note: the pattern {text!r} matches no layer" for text in self.unmatched]
+        return "\n".join([lines[0], rule, *lines[1:-2], rule, *lines[-2:], *notes])
+
+
+def plan(
+    model: nn.Module,
+    ranks: Any = 0.25,
+    *,
+    types: Iterable[type[nn.Module]] = _TYPES,
+    include: Selection = None,
+    exclude: Selection = None,
+) -> Factorization:
+    """Say what `factorize` would do, without changing the model.
+
+    Parameters and exceptions are those of `factorize`.
+
+    Returns
+    -------
+    Factorization
+        Its ``str()`` is the table that `factorize` prints.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(100, 50), nn.ReLU(), nn.Linear(50, 10))
+    >>> print(plan(model, ranks=8))
+    layer        type    shape      ranks   before  after
+    ----------------------------------------------------------
+    0            Linear  (50, 100)  (8, 8)   5,050  1,314
+    2            Linear  (10, 50)   (8, 8)     510    ...
+    """
+    candidates = _survey(model, ranks, types, include, exclude)
+    return _summary(model, candidates, (ranks, include, exclude))
+
+
+def factorize(
+    model: _Model,
+    ranks: Any = 0.25,
+    *,
+    types: Iterable[type[nn.Module]] = _TYPES,
+    include: Selection = None,
+    exclude: Selection = None,
+    verbose: bool = True,
+) -> _Model | TuckerModule:
+    """Replace the dense layers of a model by Tucker layers of nearly the same weights.
+
+    The model is changed in place; only a model that is itself a dense layer is returned
+    replaced. Everything is computed before anything is replaced. Biases stay the same
+    Parameter objects; the weights are new parameters, so build the optimizer afterwards.
+
+    A layer stays dense, and the table says why, if it would not shrink, if its weight is used
+    elsewhere (tied) or computed from other parameters, if it has hooks, which its successor
+    would lack, or if it is of a subclass, which may do more than its base.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any model.
+    ranks : rank rule, int, float, tuple, or mapping from pattern to one of these
+        See `geotucker.Fixed` and `geotucker.Tolerance`. In a mapping the first pattern that
+        matches a layer's dotted name counts, and layers without a match stay dense. A rule
+        that weighs layers against each other sees all of its layers together.
+    types : iterable of type
+        Among ``nn.Linear``, ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d`` (default: all).
+    include, exclude : str, sequence of str, or callable, optional
+        Which layers: patterns with the wildcards of `fnmatch` for the dotted name, or a
+        predicate ``(name, module) -> bool``. Default: all, and none. A shared layer is
+        matched if one of its names is.
+    verbose : bool
+        Whether the table is printed.
+
+    Returns
+    -------
+    nn.Module
+        The model, or the Tucker layer in its place.
+
+    Raises
+    ------
+    TypeError
+        If an argument is of the wrong kind.
+    geotucker.RankError
+        If `ranks` cannot be used.
+    geotucker.NonFiniteError
+        If a weight has NaN or infinite entries.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3))
+    >>> model = factorize(model, ranks=0.25, exclude="0", verbose=False)
+    >>> model[2].ranks
+    (9, 9, 3, 3)
+    """
+    candidates = _survey(model, ranks, types, include, exclude)
+    summary = _summary(model, candidates, (ranks, include, exclude))
+    successors = {c.module: c.successor() for c in candidates if c.ranks is not None}
+    if verbose:
+        print(summary)
+    return _swap(model, successors)
+
+
+def densify(model: _Model) -> _Model | nn.Module:
+    """Replace all Tucker layers of a model by dense layers with the same weights, in place.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any model; a Tucker layer itself is returned replaced.
+
+    Returns
+    -------
+    nn.Module
+        The model, or the dense layer in its place. Biases stay the same Parameter objects.
+
+    Raises
+    ------
+    TypeError
+        If `model` is not a module.
+
+    Examples
+    --------
+    >>> densify(nn.Sequential(TuckerLinear(8, 4, ranks=2)))
+    Sequential(
+      (0): Linear(in_features=8, out_features=4, bias=True)
+    )
+    """
+    _check_model(model)
+    layers = [module for module in model.modules() if isinstance(module, TuckerModule)]
+    return _swap(model, {layer: layer.to_dense() for layer in layers})
+
+
+@dataclass
+class _Candidate:
+    """A layer of a wanted type on its way to a decision."""
+
+    module: Any
+    names: list[str] = field(default_factory=list)
+    # the decision: ranks, with the decomposed weight where that chose them, or why none
+    ranks: tuple[int, ...] | None = None
+    point: gt.TuckerPoint | None = None
+    reason: str = ""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        weight = self.module._parameters.get("weight")
+        return () if weight is None or nn.parameter.is_lazy(weight) else tuple(weight.shape)
+
+    def decide(self, ranks: tuple[int, ...]) -> None:
+        """Take the ranks if the layer shrinks by them."""
+        size, dense = _tucker_size(self.shape, ranks), math.prod(self.shape)
+        if size < dense:
+            self.ranks = ranks
+        else:
+            verb = "grow" if size > dense else "not shrink"
+            self.reason = f"would {verb}: {size:,} for {dense:,} weights at ranks {ranks}"
+
+    def successor(self) -> TuckerModule:
+        """Build the layer that takes the place of this one."""
+        kind = _TUCKER[type(self.module)]
+        if self.point is not None:
+            return kind._from_point(self.module, self.point)
+        assert self.ranks is not None
+        with _blamed_on(self):
+            return kind.from_dense(self.module, self.ranks)
+
+
+def _survey(
+    model: nn.Module,
+    ranks: Any,
+    types: Iterable[type[nn.Module]],
+    include: Selection,
+    exclude: Selection,
+) -> list[_Candidate]:
+    """Find all layers of the wanted types and decide about each."""
+    _check_model(model)
+    kinds = _checked_types(types)
+    included, excluded = _selector("include", include, True), _selector("exclude", exclude, False)
+    rules = _checked_rules(ranks)
+    owners = _owners(model)
+    candidates = _candidates(model, kinds)
+    wanted: dict[str, list[_Candidate]] = {pattern: [] for pattern in rules}
+    for candidate in candidates:
+        names, module = candidate.names, candidate.module
+        patterns = [p for p in rules if any(fnmatchcase(name, p) for name in names)]
+        if not any(included(name, module) for name in names):
+            candidate.reason = "not included"
+        elif any(excluded(name, module) for name in names):
+            candidate.reason = "excluded"
+        elif not patterns:
+            candidate.reason = "no pattern of ranks matches"
+        else:
+            candidate.reason = _obstacle(module, kinds, owners)
+            if not candidate.reason:
+                wanted[patterns[0]].append(candidate)
+    for pattern, chosen in wanted.items():
+        _decide(chosen, rules[pattern])
+    return candidates
+
+
+def _decide(candidates: list[_Candidate], rule: gt.RankRule) -> None:
+    """Choose ranks by one rule; singular values are computed only if the rule asks for them."""
+    if isinstance(rule, gt.Fixed):
+        for candidate in candidates:
+            with _blamed_on(candidate):
+                candidate.decide(rule.for_shape(candidate.shape))
+        return
+    points = []
+    # A rule that is not per mode may weigh tensors against each other: it sees all at once.
+    first = rule if isinstance(rule, gt.ModeRule) else gt.Tolerance(0.0)
+    for candidate in candidates:
+        with _blamed_on(candidate):
+            points.append(decompose(candidate.module.weight, first))
+    if first is not rule and points:
+        points = [truncation.point for truncation in gt.truncate(points, rule)]
+    for candidate, point in zip(candidates, points, strict=True):
+        candidate.decide(point.ranks)
+        candidate.point = point
+
+
+def _candidates(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[_Candidate]:
+    found: dict[nn.Module, _Candidate] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, kinds):
+            found.setdefault(module, _Candidate(module)).names.append(name)
+    return list(found.values())
+
+
+def _owners(model: nn.Module) -> Counter[nn.Parameter]:
+    """Count the places where each parameter is kept; at two or more it is tied."""
+    return Counter(
+        parameter
+        for module in model.modules()
+        for parameter in module._parameters.values()
+        if parameter is not None
+    )
+
+
+def _obstacle(
+    module: nn.Module, kinds: tuple[type[nn.Module], ...], owners: Counter[nn.Parameter]
+) -> str:
+    """Say what keeps a layer dense at any ranks; nothing if it may be replaced."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed from other parameters"
+    if nn.parameter.is_lazy(weight):
+        return "lazy: it has no shape before its first forward pass"
+    if type(module) not in kinds:
+        return "a subclass, which may need the weight itself"
+    if owners[weight] > 1:
+        return "its weight is tied to another parameter"
+    if not weight.is_floating_point():
+        return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
+    if weight.numel() == 0:
+        return "its weight is empty"
+    if "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS):
+        return "it has hooks, which a new layer would lack"
+    if {*module._parameters, *module._buffers, *module._modules} != {"weight", "bias"}:
+        return "it holds more than weight and bias"
+    return ""
+
+
+def _summary(
+    model: nn.Module, candidates: list[_Candidate], patterns: Iterable[Any]
+) -> Factorization:
+    layers = tuple(map(_row, candidates))
+    before = _count(model.parameters())
+    after = before + sum(layer.after - layer.before for layer in layers)
+    names = [name for candidate in candidates for name in candidate.names]
+    unmatched = tuple(
+        text
+        for text in chain.from_iterable(map(_patterns, patterns))
+        if not any(fnmatchcase(name, text) for name in names)
+    )
+    return Factorization(layers, before, after, unmatched)
+
+
+def _row(candidate: _Candidate) -> FactorizedLayer:
+    before = after = _count(candidate.module.parameters(recurse=False))
+    shape, ranks = candidate.shape, candidate.ranks
+    if ranks is not None:
+        after += _tucker_size(shape, ranks) - math.prod(shape)
+    kind = type(candidate.module).__name__
+    names = tuple(candidate.names)
+    return FactorizedLayer(names, kind, shape, ranks, before, after, candidate.reason)
+
+
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters if not nn.parameter.is_lazy(p))
+
+
+def _tucker_size(shape: Sequence[int], ranks: Sequence[int]) -> int:
+    return math.prod(ranks) + sum(n * r for n, r in zip(shape, ranks, strict=True))
+
+
+def _cells(layer: FactorizedLayer) -> tuple[str, ...]:
+    name = " = ".join(text or "(the model)" for text in layer.names)
+    ranks = "dense" if layer.ranks is None else str(layer.ranks)
+    shape = str(layer.shape) if layer.shape else "?"
+    return (name, layer.type, shape, ranks, *_counts(layer.before, layer.after, layer.reason))
+
+
+def _counts(before: int, after: int, reason: str = "") -> tuple[str, str, str]:
+    return f"{before:,}", f"{after:,}", reason or f"{100 * after / max(before, 1):.1f} %"
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """Align text to the left and, behind column 3, numbers to the right."""
+    aligned = [
+        cell.rjust(width) if i > 3 else cell.ljust(width)
+        for i, (cell, width) in enumerate(zip(cells, widths, strict=False))
+    ]
+    return "  ".join([*aligned, cells[-1]]).rstrip()
+
+
+def _swap(model: nn.Module, successors: Mapping[nn.Module, nn.Module]) -> Any:
+    """Put each successor, with the old bias, wherever its predecessor is; return the model."""
+    for old, new in successors.items():
+        new.bias = old.bias
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and child in successors:
+                setattr(parent, name, successors[child])
+    return successors.get(model, model)
+
+
+@contextmanager
+def _blamed_on(candidate: _Candidate) -> Iterator[None]:
+    """Name the layer in the errors of the core, which sees only a tensor."""
+    try:
+        yield
+    except gt.GeotuckerError as error:
+        raise type(error)(f"layer {candidate.names[0]!r}: {error}") from error
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+
+
+def _checked_types(types: Any) -> tuple[type[nn.Module], ...]:
+    kinds = (types,) if isinstance(types, type) else tuple(types)
+    for kind in kinds:
+        if kind not in _TUCKER:
+            known = ", ".join(f"nn.{known.__name__}" for known in _TUCKER)
+            raise TypeError(f"types: expected some of {known}, got {kind!r}")
+    return kinds
+
+
+def _checked_rules(ranks: Any) -> dict[str, gt.RankRule]:
+    """Return the rules by pattern, in their order."""
+    rules: dict[str, gt.RankRule] = {}
+    for pattern, rule in (ranks if isinstance(ranks, Mapping) else {"*": ranks}).items():
+        if not isinstance(pattern, str):
+            raise TypeError(f"ranks: expected patterns (str) as keys, got {pattern!r}")
+        rules[pattern] = gt.as_rule(rule)
+    return rules
+
+
+def _patterns(selection: Any) -> list[str]:
+    """Return the patterns in an argument; predicates and rank rules have none."""
+    if isinstance(selection, str):
+        return [selection]
+    return list(selection) if isinstance(selection, (Mapping, list, set)) else []
+
+
+def _selector(
+    argument: str, selection: Selection, default: bool
+) -> Callable[[str, nn.Module], bool]:
+    """Turn `include` or `exclude` into a predicate; `default` is its value for None."""
+    if selection is None:
+        return lambda name, module: default
+    if callable(selection):
+        return selection
+    patterns = [selection] if isinstance(selection, str) else selection
+    if not isinstance(patterns, Collection) or not all(isinstance(p, str) for p in patterns):
+        raise TypeError(
+            f"{argument}: expected a pattern, several, or a predicate (name, module) -> bool, "
+            f"got {selection!r}"
+        )
+    return lambda name, module: any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,0 +1,573 @@
+"""Tucker layers: ``nn.Linear`` and ``nn.ConvNd`` whose weight is kept as core and factors."""
+
+import math
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+import geotucker as gt
+
+from ._contract import dense_weight, tucker_conv, tucker_linear, without_autocast
+
+__all__ = [
+    "TuckerConv1d",
+    "TuckerConv2d",
+    "TuckerConv3d",
+    "TuckerLinear",
+    "TuckerModule",
+    "decompose",
+]
+
+_Layer = TypeVar("_Layer", bound="TuckerModule")
+_ORDER: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+_PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+class TuckerModule(nn.Module):
+    """Base of all layers whose weight is ``W = core x_1 U_1 ... x_d U_d``.
+
+    Axes are those of the dense layer's weight: ``(out, in)``, or ``(out, in / groups, k_1,
+    ...)``. The factors have orthonormal columns. They are parameters, and so are saved, moved
+    and counted, but they ask for no gradient: bases are moved by an optimizer that knows the
+    geometry, never descended on. Shapes and ranks are read off the parameters, so that they
+    are right after every change of rank.
+
+    Attributes
+    ----------
+    core : nn.Parameter, shape (r_1, ..., r_d)
+        Trained as any weight.
+    factors : nn.ParameterList of shapes (n_i, r_i)
+        Orthonormal bases of the modes, with ``requires_grad=False``.
+    bias : nn.Parameter of shape (n_1,), or None
+        As in the dense layer.
+    """
+
+    dense_type: ClassVar[type[Any]]
+    # Arguments of the constructor that the dense layer shares, also the names of attributes.
+    _options: ClassVar[tuple[str, ...]]
+
+    core: nn.Parameter
+    factors: nn.ParameterList
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        ranks: Any,
+        bias: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        sizes = _ranks_for(ranks, shape)
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype: expected a real floating dtype, got {dtype}")
+        super().__init__()
+        like = {"device": device, "dtype": dtype}
+        self.core = nn.Parameter(torch.empty(sizes, **like))
+        self.factors = nn.ParameterList(
+            nn.Parameter(torch.empty((n, r), **like), requires_grad=False)
+            for n, r in zip(shape, sizes, strict=True)
+        )
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(shape[0], **like)) if bias else None
+        )
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw orthonormal factors and a core that give W the dense layer's variance.
+
+        The factors are Q of the QR decomposition of Gaussian matrices, so that the mean of
+        ``U_i[n, r]^2`` is ``1 / n_i``. With independent core entries of variance s^2 an entry
+        of W has variance ``s^2 prod r_i / n_i``. PyTorch's dense layers start with variance
+        ``1 / (3 fan_in)``, where fan_in is the number of weights behind one output, hence
+        ``s^2 = prod (n_i / r_i) / (3 fan_in)``. The bias is uniform in
+        ``(-1 / sqrt(fan_in), 1 / sqrt(fan_in))``, as PyTorch's.
+        """
+        if self.core.is_meta:
+            return
+        shape = self.shape
+        fan_in = math.prod(shape[1:])
+        for factor in self.factors:
+            wide = torch.promote_types(factor.dtype, torch.float32)  # half has no QR
+            gaussian = torch.randn(factor.shape, dtype=wide, device=factor.device)
+            factor.copy_(torch.linalg.qr(gaussian)[0])
+        variance = math.prod(shape) / math.prod(self.ranks) / (3 * fan_in)
+        self.core.normal_(0.0, math.sqrt(variance))
+        if self.bias is not None:
+            self.bias.uniform_(-1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+
+    @classmethod
+    def from_dense(cls: type[_Layer], layer: nn.Module, ranks: Any = 0.25) -> _Layer:
+        """Build the Tucker layer nearest to a dense one, by the HOSVD of its weight.
+
+        Parameters
+        ----------
+        layer : nn.Module
+            A layer of type `dense_type`. It is not changed and shares nothing with the result.
+        ranks : rank rule, int, float or tuple
+            See `geotucker.Fixed` and `geotucker.Tolerance`.
+
+        Returns
+        -------
+        TuckerModule
+            With the layer's options, device, dtype, bias, ``requires_grad`` and mode (training
+            or not). A layer on the meta device gives one on the meta device, if the rule
+            needs no singular values.
+
+        Raises
+        ------
+        TypeError
+            If `layer` is not of type `dense_type`, or lazy and without a shape so far.
+        ValueError
+            If the weight is computed from other parameters (weight norm, pruning ...).
+        geotucker.NonFiniteError
+            If the weight has NaN or infinite entries.
+        geotucker.RankError
+            If `ranks` cannot be used.
+
+        Examples
+        --------
+        >>> layer = TuckerLinear.from_dense(nn.Linear(6, 4), ranks=2)
+        >>> layer.ranks, layer.shape
+        ((2, 2), (4, 6))
+        """
+        weight = cls._weight_of(layer)
+        if weight.is_meta:
+            sizes = _ranks_for(ranks, tuple(weight.shape))
+            core = weight.new_empty(sizes)
+            factors = (weight.new_empty(n, r) for n, r in zip(weight.shape, sizes, strict=True))
+            return cls._from_point(layer, gt.TuckerPoint(core, tuple(factors)))
+        return cls._from_point(layer, decompose(weight, ranks))
+
+    @classmethod
+    def _from_point(cls: type[_Layer], layer: nn.Module, point: gt.TuckerPoint) -> _Layer:
+        """Build the layer with the options of a dense layer and the weight of a point."""
+        weight = cls._weight_of(layer)
+        arguments = {name: getattr(layer, name) for name in cls._options}
+        bias: Any = layer.bias
+        # On the meta device nothing is drawn: the state of the random generators stays.
+        new = cls(**arguments, ranks=1, bias=bias is not None, device="meta")
+        new.core = _parameter(point.core.to(weight.dtype), weight.requires_grad)
+        new.factors = nn.ParameterList(
+            _parameter(factor.to(weight.dtype), False) for factor in point.factors
+        )
+        if bias is not None:
+            new.bias = _parameter(bias, bias.requires_grad)
+        return new.train(layer.training)
+
+    @classmethod
+    def _weight_of(cls, layer: nn.Module) -> nn.Parameter:
+        if not isinstance(layer, cls.dense_type):
+            raise TypeError(
+                f"layer: expected {_title(cls.dense_type)} for {cls.__name__}.from_dense, "
+                f"got {_title(type(layer))}"
+            )
+        weight = layer._parameters.get("weight")
+        if weight is None:
+            raise ValueError(
+                f"layer: expected the weight of {_title(type(layer))} to be a parameter, got one "
+                "that is computed from others (weight or spectral norm, parametrization, "
+                "pruning); make that permanent first, for instance with "
+                "torch.nn.utils.parametrize.remove_parametrizations"
+            )
+        if nn.parameter.is_lazy(weight):
+            raise TypeError(
+                f"layer: expected a layer with a shape, got {_title(type(layer))} before its "
+                "first forward pass; run the model once on an example"
+            )
+        return weight
+
+    @torch.no_grad()
+    def to_dense(self) -> nn.Module:
+        """Return the dense layer with the same options, weight, bias, device, dtype and mode.
+
+        Returns
+        -------
+        nn.Module
+            Of type `dense_type`. It shares nothing with this layer.
+
+        Examples
+        --------
+        >>> TuckerConv1d(2, 4, kernel_size=3, padding=1).to_dense()
+        Conv1d(2, 4, kernel_size=(3,), stride=(1,), padding=(1,))
+        """
+        arguments = {name: getattr(self, name) for name in self._options}
+        dense = self.dense_type(**arguments, bias=self.bias is not None, device="meta")
+        dense.weight = _parameter(self.dense_weight(), self.core.requires_grad)
+        if self.bias is not None:
+            dense.bias = _parameter(self.bias, self.bias.requires_grad)
+        return dense.train(self.training)
+
+    def dense_weight(self) -> Tensor:
+        """Return W in full, differentiable in core and factors, formed in float32 at least."""
+        return dense_weight(self.core, list(self.factors))
+
+    @property
+    def weight(self) -> Tensor:
+        """W in full, for code that reads a layer's weight, such as the fast path of encoders.
+
+        It is formed anew at each call: writing into it does not change the layer.
+        """
+        return self.dense_weight()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape (n_1, ..., n_d) of the weight."""
+        return tuple(factor.shape[0] for factor in self.factors)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Shape (r_1, ..., r_d) of the core."""
+        return tuple(self.core.shape)
+
+    @property
+    def point(self) -> gt.TuckerPoint:
+        """Core and factors outside any graph; they share their memory with the parameters."""
+        return gt.TuckerPoint(self.core.detach(), tuple(u.detach() for u in self.factors))
+
+    def extra_repr(self) -> str:
+        """Return the options, as the dense layer would, and the ranks."""
+        size, dense = self.point.size, math.prod(self.shape)
+        return (
+            f"{self._options_repr()}, bias={self.bias is not None}, ranks={self.ranks}, "
+            f"weight parameters {size:,} of {dense:,}"
+        )
+
+    def _options_repr(self) -> str:
+        raise NotImplementedError
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Take over the ranks of the state, or, if its shapes do not fit, nothing at all."""
+        own = {prefix + name: parameter for name, parameter in self.named_parameters()}
+        given = {key: state_dict[key] for key in own if torch.is_tensor(state_dict.get(key))}
+        expected = self._expected_shapes(prefix, given)
+        wrong = [key for key in given if given[key].shape != expected.get(key, own[key].shape)]
+        if wrong:
+            # PyTorch would copy the parameters that fit. Its own message, and a state replaced
+            # by what is there already, leave the layer as it was.
+            error_msgs.extend(_size_mismatch(key, given[key], own[key]) for key in wrong)
+            state_dict.update({key: own[key] for key in given})
+        else:
+            for key, tensor in given.items():
+                _resize(own[key], tensor.shape)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _expected_shapes(self, prefix: str, given: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        """Shapes to be accepted: other ranks only if core and all factors come along."""
+        shape, ranks = self.shape, self.ranks
+        keys = [prefix + "core", *(f"{prefix}factors.{i}" for i in range(len(shape)))]
+        if all(key in given for key in keys):
+            loaded = tuple(given[keys[0]].shape)
+            bounds = zip(loaded, shape, strict=False)
+            if len(loaded) == len(shape) and all(1 <= r <= n for r, n in bounds):
+                ranks = loaded
+        return dict(zip(keys, [ranks, *zip(shape, ranks, strict=True)], strict=True))
+
+
+class TuckerLinear(TuckerModule):
+    """``nn.Linear`` with the weight ``W = U_out C U_in^T`` in Tucker format.
+
+    Parameters
+    ----------
+    in_features, out_features : int
+        Sizes of the last dimension of input and output.
+    ranks : rank rule, int, float or tuple of int
+        Ranks (r_out, r_in), see `geotucker.Fixed`; they are equal after clamping to what a
+        matrix can have. From scratch the rule cannot depend on singular values.
+    bias : bool
+        Whether a bias is learned.
+    device, dtype
+        Of all parameters.
+
+    Raises
+    ------
+    geotucker.ShapeError
+        If a size is not a positive integer.
+    geotucker.RankError
+        If `ranks` cannot be used.
+
+    Examples
+    --------
+    >>> layer = TuckerLinear(100, 50, ranks=8)
+    >>> layer(torch.ones(3, 100)).shape, tuple(layer.core.shape)
+    (torch.Size([3, 50]), (8, 8))
+    """
+
+    dense_type = nn.Linear
+    _options = ("in_features", "out_features")
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        ranks: Any = 0.25,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        _check_count("in_features", in_features)
+        _check_count("out_features", out_features)
+        super().__init__((out_features, in_features), ranks, bias, device, dtype)
+        self.in_features = in_features
+        self.out_features = out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map an input of shape (..., in_features) to (..., out_features)."""
+        return tucker_linear(x, self.core, list(self.factors), self.bias)
+
+    def _options_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class _TuckerConv(TuckerModule):
+    """What the convolutions share; they differ in `dense_type` only."""
+
+    _options = (
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+        "padding_mode",
+    )
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: str
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        ranks: Any = 0.25,
+        stride: int | tuple[int, ...] = 1,
+        padding: str | int | tuple[int, ...] = 0,
+        dilation: int | tuple[int, ...] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        order = _ORDER[self.dense_type]
+        _check_channels(in_channels, out_channels, groups)
+        _check_sizes("kernel_size", kernel_size, order, 1, single=False)
+        _check_sizes("stride", stride, order, 1)
+        _check_sizes("dilation", dilation, order, 1)
+        _check_padding(padding, stride, padding_mode, order)
+        # The dense layer on the meta device brings the arguments into PyTorch's normal form.
+        dense = self.dense_type(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device="meta",
+        )
+        super().__init__(tuple(dense.weight.shape), ranks, bias, device, dtype)
+        for name in self._options:
+            setattr(self, name, getattr(dense, name))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve an input of shape (batch, in_channels, ...) or (in_channels, ...)."""
+        return tucker_conv(
+            x,
+            self.core,
+            list(self.factors),
+            self.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.padding_mode,
+        )
+
+    def _options_repr(self) -> str:
+        plain = {
+            "padding": (0,) * len(self.kernel_size),
+            "dilation": (1,) * len(self.kernel_size),
+            "groups": 1,
+            "padding_mode": "zeros",
+        }
+        shown = [str(self.in_channels), str(self.out_channels)]
+        for name in self._options[2:]:
+            value = getattr(self, name)
+            if value != plain.get(name):
+                shown.append(f"{name}={value}")
+        return ", ".join(shown)
+
+
+class TuckerConv1d(_TuckerConv):
+    """``nn.Conv1d`` with its weight in Tucker format; see `TuckerConv2d`.
+
+    Examples
+    --------
+    >>> TuckerConv1d(8, 16, kernel_size=5, ranks=4, padding="same")(torch.ones(8, 10)).shape
+    torch.Size([16, 10])
+    """
+
+    dense_type = nn.Conv1d
+
+
+class TuckerConv2d(_TuckerConv):
+    """``nn.Conv2d`` with the weight ``W = C x_1 U_out x_2 U_in x_3 U_kh x_4 U_kw``.
+
+    Parameters
+    ----------
+    in_channels, out_channels : int
+        Channels of input and output, divisible by `groups`.
+    kernel_size : int or tuple of int
+        One number for all spatial dimensions, or one for each.
+    ranks : rank rule, int, float or tuple of int
+        Ranks (r_out, r_in, r_kh, r_kw), see `geotucker.Fixed`. From scratch the rule cannot
+        depend on singular values. With groups the weight has in_channels / groups in its
+        second axis: the groups share U_in.
+    stride, padding, dilation, groups, bias, padding_mode
+        As for ``nn.Conv2d``.
+    device, dtype
+        Of all parameters.
+
+    Raises
+    ------
+    geotucker.ShapeError
+        If a size is out of its range, or `groups` does not divide the channels.
+    geotucker.RankError
+        If `ranks` cannot be used.
+    ValueError
+        If `padding` or `padding_mode` is an unknown word, or "same" meets a stride.
+
+    Examples
+    --------
+    >>> layer = TuckerConv2d(20, 50, kernel_size=5, ranks=10)
+    >>> layer.ranks, layer(torch.ones(2, 20, 12, 12)).shape
+    ((10, 10, 5, 5), torch.Size([2, 50, 8, 8]))
+    """
+
+    dense_type = nn.Conv2d
+
+
+class TuckerConv3d(_TuckerConv):
+    """``nn.Conv3d`` with its weight in Tucker format; see `TuckerConv2d`.
+
+    Examples
+    --------
+    >>> TuckerConv3d(4, 8, kernel_size=3, ranks=2)(torch.ones(1, 4, 5, 5, 5)).shape
+    torch.Size([1, 8, 3, 3, 3])
+    """
+
+    dense_type = nn.Conv3d
+
+
+@torch.no_grad()
+def decompose(weight: Tensor, ranks: Any) -> gt.TuckerPoint:
+    """Return the HOSVD of a weight, in float32 at least, autocast or not."""
+    if weight.is_meta:
+        raise gt.RankError(f"ranks: {ranks} needs singular values, got a weight without values")
+    with without_autocast(weight):
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return gt.hosvd(weight.detach().to(wide), ranks)
+
+
+def _parameter(tensor: Tensor, requires_grad: bool) -> nn.Parameter:
+    # A copy of its own: safetensors saves no views.
+    own = tensor.detach().clone(memory_format=torch.contiguous_format)
+    return nn.Parameter(own, requires_grad=requires_grad)
+
+
+@torch.no_grad()
+def _resize(parameter: nn.Parameter, shape: torch.Size) -> None:
+    """Give the same Parameter object, which optimizers know, other dimensions."""
+    if parameter.shape != shape:
+        parameter.grad = None
+        parameter.set_(parameter.new_empty(shape))  # type: ignore[arg-type]
+
+
+def _size_mismatch(key: str, given: Tensor, own: Tensor) -> str:
+    return (
+        f"size mismatch for {key}: copying a param with shape {given.shape} from checkpoint, "
+        f"the shape in current model is {own.shape}."
+    )
+
+
+def _ranks_for(ranks: Any, shape: Sequence[int]) -> tuple[int, ...]:
+    rule = gt.as_rule(ranks)
+    if not isinstance(rule, gt.Fixed):
+        raise gt.RankError(
+            f"ranks: expected an integer, a fraction, a tuple or Fixed for a layer without a "
+            f"weight to decompose, got {rule}; from_dense and factorize take every rule"
+        )
+    return rule.for_shape(shape)
+
+
+def _title(kind: type) -> str:
+    public = getattr(nn, kind.__name__, None) is kind
+    return f"nn.{kind.__name__}" if public else kind.__name__
+
+
+def _is_integer(value: Any, least: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not _is_integer(value, 1):
+        raise gt.ShapeError(f"{name}: expected a positive integer, got {value!r}")
+
+
+def _check_channels(in_channels: Any, out_channels: Any, groups: Any) -> None:
+    sizes = {"in_channels": in_channels, "out_channels": out_channels}
+    for name, value in [*sizes.items(), ("groups", groups)]:
+        _check_count(name, value)
+    for name, value in sizes.items():
+        if value % groups:
+            raise gt.ShapeError(f"groups: expected a divisor of {name} = {value}, got {groups}")
+
+
+def _check_sizes(name: str, value: Any, order: int, least: int, single: bool = True) -> None:
+    """Check one number for all spatial dimensions or, in a tuple, one (if `single`) or each."""
+    values = value if isinstance(value, (tuple, list)) else (value,) * order
+    lengths = (1, order) if single else (order,)
+    if len(values) not in lengths or not all(_is_integer(entry, least) for entry in values):
+        raise gt.ShapeError(
+            f"{name}: expected an integer of at least {least} or {order} of them, got {value!r}"
+        )
+
+
+def _check_padding(padding: Any, stride: Any, padding_mode: Any, order: int) -> None:
+    if padding_mode not in _PADDING_MODES:
+        raise ValueError(f"padding_mode: expected one of {_PADDING_MODES}, got {padding_mode!r}")
+    if not isinstance(padding, str):
+        # PyTorch pads only the last dimension if a single number in a tuple is not for zeros.
+        _check_sizes("padding", padding, order, 0, single=padding_mode == "zeros")
+    elif padding not in ("same", "valid"):
+        raise ValueError(f"padding: expected 'same', 'valid' or integers, got {padding!r}")
+    elif padding == "same" and stride not in (1, (1,) * order):
+        raise ValueError(f"stride: expected 1 with padding='same', got {stride!r}")
