@@ -144,7 +144,12 @@ def cheapest(sizes: Sizes) -> Contraction:
     >>> cheapest(Sizes(out_channels=100, in_channels=100, out_rank=100, in_rank=100, batch=640))
     Contraction(project_output=False, project_input=False)
     """
-    return min(CONTRACTIONS, key=lambda contraction: flops(contraction, sizes))
+    best, least = CONTRACTIONS[0], flops(CONTRACTIONS[0], sizes)
+    for contraction in CONTRACTIONS[1:]:  # torch.compile cannot trace min(..., key=...)
+        cost = flops(contraction, sizes)
+        if cost < least:
+            best, least = contraction, cost
+    return best
 
 
 def dense_weight(core: Tensor, factors: Sequence[Tensor]) -> Tensor:
@@ -300,7 +305,7 @@ def tucker_conv(
         batch=x.shape[0],
         groups=groups,
         kernel=math.prod(kernel),
-        positions_in=math.prod(-(-n // s) for n, s in zip(x.shape[2:], skip, strict=True)),
+        positions_in=math.prod([-(-n // s) for n, s in zip(x.shape[2:], skip, strict=True)]),
         positions_out=_positions_out(x.shape[2:], kernel, stride, pads, dilation),
     )
     contraction = contraction or cheapest(sizes)
@@ -420,7 +425,7 @@ def _positions_out(
 ) -> int:
     """Count output positions; none where the kernel does not fit (PyTorch then raises)."""
     extents = zip(spatial, kernel, stride, pads, dilation, strict=True)
-    return math.prod(max(0, (n + sum(p) - d * (k - 1) - 1) // s + 1) for n, k, s, p, d in extents)
+    return math.prod([max(0, (n + sum(p) - d * (k - 1) - 1) // s + 1) for n, k, s, p, d in extents])
 
 
 def _check_conv_input(x: Tensor, in_channels: int, groups: int, order: int) -> None:

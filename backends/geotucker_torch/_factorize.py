@@ -125,12 +125,14 @@ def plan(
 
     Examples
     --------
-    >>> model = nn.Sequential(nn.Linear(100, 50), nn.ReLU(), nn.Linear(50, 10))
-    >>> print(plan(model, ranks=8))
-    layer        type    shape      ranks   before  after
-    ----------------------------------------------------------
-    0            Linear  (50, 100)  (8, 8)   5,050  1,314
-    2            Linear  (10, 50)   (8, 8)     510    ...
+    >>> print(plan(nn.Sequential(nn.Linear(100, 50), nn.ReLU(), nn.Linear(50, 40)), ranks=8))
+    layer          type    shape      ranks   before  after
+    ---------------------------------------------------------------
+    0              Linear  (50, 100)  (8, 8)   5,050  1,314  26.0 %
+    2              Linear  (40, 50)   (8, 8)   2,040    824  40.4 %
+    ---------------------------------------------------------------
+    2 of 2 layers                              7,090  2,138  30.2 %
+    whole model                                7,090  2,138  30.2 %
     """
     candidates = _survey(model, ranks, types, include, exclude)
     return _summary(model, candidates, (ranks, include, exclude))
@@ -191,7 +193,7 @@ def factorize(
     >>> model = nn.Sequential(nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3))
     >>> model = factorize(model, ranks=0.25, exclude="0", verbose=False)
     >>> model[2].ranks
-    (9, 9, 3, 3)
+    (12, 12, 3, 3)
     """
     candidates = _survey(model, ranks, types, include, exclude)
     summary = _summary(model, candidates, (ranks, include, exclude))
