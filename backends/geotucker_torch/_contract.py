@@ -27,14 +27,21 @@ __all__ = [
     "Contraction",
     "Sizes",
     "cheapest",
+    "conv_core_gradient",
     "dense_weight",
     "flops",
+    "linear_core_gradient",
     "tucker_conv",
     "tucker_linear",
     "without_autocast",
 ]
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_CONV_WEIGHT = {
+    1: torch.nn.grad.conv1d_weight,
+    2: torch.nn.grad.conv2d_weight,
+    3: torch.nn.grad.conv3d_weight,
+}
 _PAD_MODE = {"zeros": "constant"}  # the names of nn.ConvNd -> those of F.pad, where they differ
 
 
@@ -332,6 +339,95 @@ def _move(tensor: Tensor, axis: int, factor: Tensor) -> Tensor:
     return torch.tensordot(tensor, factor, ([axis], [1]))  # type: ignore[arg-type]
 
 
+def linear_core_gradient(
+    x: Tensor,  # shape: (..., in)
+    g: Tensor,  # shape: (..., out)
+    factors: Sequence[Tensor],  # shapes: (out, m_out), (in, m_in)
+) -> Tensor:  # shape: (m_out, m_in)
+    """Return the gradient with respect to the core of `tucker_linear` in any bases.
+
+    ``(g U_out)^T (x U_in)``: the gradient of the dense weight, seen through the bases. It does
+    not depend on the core, so the bases may be wider than those of the forward pass.
+
+    Parameters
+    ----------
+    x : Tensor, shape (..., in)
+        Input of the layer.
+    g : Tensor, shape (..., out)
+        Gradient with respect to its output.
+    factors : pair of Tensor, shapes (out, m_out) and (in, m_in)
+        Bases.
+
+    Returns
+    -------
+    Tensor, shape (m_out, m_in)
+
+    Examples
+    --------
+    >>> linear_core_gradient(torch.ones(5, 3), torch.ones(5, 4), [torch.eye(4), torch.eye(3)]).shape
+    torch.Size([4, 3])
+    """
+    u_out, u_in = (factor.to(g.dtype) for factor in factors)
+    x, g = x.to(g.dtype).reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+    return (g @ u_out).T @ (x @ u_in)
+
+
+def conv_core_gradient(
+    x: Tensor,  # shape: (batch, groups * in, *spatial) or (groups * in, *spatial)
+    g: Tensor,  # shape: (batch, out, *spatial_out) or (out, *spatial_out)
+    factors: Sequence[Tensor],  # shapes: (out, m_out), (in, m_in), (k_1, m_k1), ...
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+) -> Tensor:  # shape: (m_out, m_in, m_k1, ...)
+    """Return the gradient with respect to the core of `tucker_conv` in any bases.
+
+    The weight gradient of the convolution that maps the projected input to the projected
+    output, contracted with the spatial bases. It does not depend on the core, so the bases may
+    be wider than those of the forward pass.
+
+    Parameters
+    ----------
+    x : Tensor, shape (batch, groups * in, *spatial) or (groups * in, *spatial)
+        Input of the layer.
+    g : Tensor, shape (batch, out, *spatial_out) or (out, *spatial_out)
+        Gradient with respect to its output.
+    factors : sequence of Tensor, shapes (out, m_out), (in, m_in), (k_1, m_k1), ...
+        Bases.
+    stride, padding, dilation, groups, padding_mode
+        As for `tucker_conv`.
+
+    Returns
+    -------
+    Tensor, shape (m_out, m_in, m_k1, ...)
+
+    Examples
+    --------
+    >>> bases = [torch.eye(4), torch.eye(3), torch.eye(5)]
+    >>> conv_core_gradient(torch.ones(2, 3, 10), torch.ones(2, 4, 6), bases).shape
+    torch.Size([4, 3, 5])
+    """
+    u_out, u_in, *spatial = (factor.to(g.dtype) for factor in factors)
+    order = len(spatial)
+    if x.dim() == order + 1:
+        x, g = x.unsqueeze(0), g.unsqueeze(0)
+    kernel = tuple(u.shape[0] for u in spatial)
+    stride, dilation = _each(stride, order), _each(dilation, order)
+    pads = _pads(padding, kernel, dilation)
+    x = _pointwise(_groups_to_batch(x.to(g.dtype), groups), u_in.t())
+    x, pad = _padded(x, pads, padding_mode)
+    # Each group has its block of rows of U_out; then the groups are further images.
+    g = _pointwise(g, _transposed_blocks(u_out, groups), groups=groups)
+    g = _groups_to_batch(g, groups)
+    size = (u_out.shape[1], u_in.shape[1], *kernel)
+    weight: Tensor = _CONV_WEIGHT[order](x, size, g, stride, pad, dilation)
+    for basis in spatial:  # axis 2 goes last each time, which restores the order at the end
+        weight = torch.tensordot(weight, basis, ([2], [0]))
+    return weight
+
+
 def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """Let weights be formed in their own precision; only activations are for autocast.
 
@@ -379,6 +475,25 @@ def _pointwise(x: Tensor, matrix: Tensor, bias: Tensor | None = None, groups: in
     return _CONV[spatial](x, matrix.reshape(*matrix.shape, *(1,) * spatial), bias, groups=groups)
 
 
+def _transposed_blocks(u_out: Tensor, groups: int) -> Tensor:
+    """Stack the transposes of the groups' blocks of rows: (groups * r_out, out / groups)."""
+    rows, rank = u_out.shape
+    blocks = u_out.reshape(groups, rows // groups, rank).transpose(1, 2)
+    return blocks.reshape(groups * rank, rows // groups)
+
+
+def _padded(
+    x: Tensor, pads: Sequence[tuple[int, int]], padding_mode: str
+) -> tuple[Tensor, list[int]]:
+    """Pad what the convolution cannot pad by itself; return the padding that is left to it."""
+    padding = [left for left, _ in pads]
+    if padding_mode != "zeros" or any(left != right for left, right in pads):
+        flat = [side for pair in reversed(pads) for side in pair]  # F.pad begins at the last axis
+        x = F.pad(x, flat, mode=_PAD_MODE.get(padding_mode, padding_mode))
+        padding = [0] * len(pads)
+    return x, padding
+
+
 def _convolve(
     x: Tensor,
     weight: Tensor,
@@ -389,11 +504,7 @@ def _convolve(
     groups: int,
     padding_mode: str,
 ) -> Tensor:
-    padding = [left for left, _ in pads]
-    if padding_mode != "zeros" or any(left != right for left, right in pads):
-        flat = [side for pair in reversed(pads) for side in pair]  # F.pad begins at the last axis
-        x = F.pad(x, flat, mode=_PAD_MODE.get(padding_mode, padding_mode))
-        padding = [0] * len(pads)
+    x, padding = _padded(x, pads, padding_mode)
     return _CONV[len(pads)](x, weight, bias, stride, padding, dilation, groups)
 
 

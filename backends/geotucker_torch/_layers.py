@@ -9,8 +9,18 @@ import torch
 from torch import Tensor, nn
 
 import geotucker as gt
+from geotucker._moments import lift as lift_moment
 
-from ._contract import dense_weight, tucker_conv, tucker_linear, without_autocast
+from ._contract import (
+    conv_core_gradient,
+    dense_weight,
+    linear_core_gradient,
+    tucker_conv,
+    tucker_linear,
+    without_autocast,
+)
+from ._lift import lifting
+from ._point import read_point, write_point
 
 __all__ = [
     "TuckerConv1d",
@@ -53,6 +63,11 @@ class TuckerModule(nn.Module):
     factors: nn.ParameterList
     bias: nn.Parameter | None
 
+    # Set by an optimizer: the next backward pass shall extend the bases (see `_lift`).
+    armed: bool
+    # The point before that happened, until a step is taken or the gradients are reset.
+    narrow: gt.TuckerPoint | None
+
     def __init__(
         self,
         shape: Sequence[int],
@@ -65,6 +80,8 @@ class TuckerModule(nn.Module):
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype: expected a real floating dtype, got {dtype}")
         super().__init__()
+        self.armed = False
+        self.narrow = None
         like = {"device": device, "dtype": dtype}
         self.core = nn.Parameter(torch.empty(sizes, **like))
         self.factors = nn.ParameterList(
@@ -181,6 +198,22 @@ class TuckerModule(nn.Module):
             )
         return weight
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the dense layer's map, by contraction of core and factors."""
+        if self.armed and self.core.requires_grad and torch.is_grad_enabled():
+            return lifting(self, x)
+        return self.contract(x, self.core, list(self.factors), self.bias)
+
+    def contract(
+        self, x: Tensor, core: Tensor, factors: Sequence[Tensor], bias: Tensor | None
+    ) -> Tensor:
+        """Apply the layer's map with these parameters in place of its own."""
+        raise NotImplementedError
+
+    def core_gradient(self, x: Tensor, g: Tensor, factors: Sequence[Tensor]) -> Tensor:
+        """Return the gradient of the core in the bases `factors`, of input and output gradient."""
+        raise NotImplementedError
+
     @torch.no_grad()
     def to_dense(self) -> nn.Module:
         """Return the dense layer with the same options, weight, bias, device, dtype and mode.
@@ -227,7 +260,26 @@ class TuckerModule(nn.Module):
     @property
     def point(self) -> gt.TuckerPoint:
         """Core and factors outside any graph; they share their memory with the parameters."""
-        return gt.TuckerPoint(self.core.detach(), tuple(u.detach() for u in self.factors))
+        return read_point(self.core, self.factors)
+
+    @torch.no_grad()
+    def lift(self, directions: Sequence[Tensor]) -> None:
+        """Extend the bases by `directions`; the weight does not change.
+
+        A gradient that the core has already is padded with zeros.
+        """
+        narrow, grad = self.point, self.core.grad
+        wide = gt.augment(narrow, directions)
+        write_point(self.core, self.factors, wide)
+        if grad is not None:
+            self.core.grad = lift_moment(grad, wide.ranks)
+        self.narrow, self.armed = narrow, False
+
+    def unlift(self) -> None:
+        """Take a lift back that no step has used, and its gradient; the weight is unchanged."""
+        if self.narrow is not None:
+            write_point(self.core, self.factors, self.narrow)
+            self.narrow, self.armed = None, True
 
     def extra_repr(self) -> str:
         """Return the options, as the dense layer would, and the ranks."""
@@ -327,9 +379,15 @@ class TuckerLinear(TuckerModule):
         self.in_features = in_features
         self.out_features = out_features
 
-    def forward(self, x: Tensor) -> Tensor:
+    def contract(
+        self, x: Tensor, core: Tensor, factors: Sequence[Tensor], bias: Tensor | None
+    ) -> Tensor:
         """Map an input of shape (..., in_features) to (..., out_features)."""
-        return tucker_linear(x, self.core, list(self.factors), self.bias)
+        return tucker_linear(x, core, factors, bias)
+
+    def core_gradient(self, x: Tensor, g: Tensor, factors: Sequence[Tensor]) -> Tensor:
+        """Return the gradient of the core in the bases `factors`, of input and output gradient."""
+        return linear_core_gradient(x, g, factors)
 
     def _options_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
@@ -397,19 +455,20 @@ class _TuckerConv(TuckerModule):
         for name in self._options:
             setattr(self, name, getattr(dense, name))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def contract(
+        self, x: Tensor, core: Tensor, factors: Sequence[Tensor], bias: Tensor | None
+    ) -> Tensor:
         """Convolve an input of shape (batch, in_channels, ...) or (in_channels, ...)."""
-        return tucker_conv(
-            x,
-            self.core,
-            list(self.factors),
-            self.bias,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            self.padding_mode,
-        )
+        return tucker_conv(x, core, factors, bias, **self._geometry)
+
+    def core_gradient(self, x: Tensor, g: Tensor, factors: Sequence[Tensor]) -> Tensor:
+        """Return the gradient of the core in the bases `factors`, of input and output gradient."""
+        return conv_core_gradient(x, g, factors, **self._geometry)
+
+    @property
+    def _geometry(self) -> dict[str, Any]:
+        names = ("stride", "padding", "dilation", "groups", "padding_mode")
+        return {name: getattr(self, name) for name in names}
 
     def _options_repr(self) -> str:
         plain = {

@@ -1,6 +1,7 @@
 """The optimizer TDLRT: any torch optimizer as the one-step integrator of Tucker cores."""
 
 import copy
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 import geotucker as gt
 from geotucker._ranks import PerTensor
 
+from ._layers import TuckerModule
 from ._slots import Slot, find_slots
 from ._state import lift_state, rotate_state
 
@@ -30,8 +32,8 @@ class TDLRT(Optimizer):
     decayed; weight decay on the core is weight decay on the weight. Momentum and the like
     follow the bases.
 
-    Param groups, state, schedulers, hooks and ``state_dict`` are those of the wrapped
-    optimizer.
+    Use it as any optimizer: ``zero_grad``, ``backward``, ``step``. Param groups, state,
+    schedulers, hooks and ``state_dict`` are those of the wrapped optimizer.
 
     Parameters
     ----------
@@ -50,6 +52,10 @@ class TDLRT(Optimizer):
         the cores in the extended bases, and the last of them truncates. 1 is the published
         algorithm. Larger values cost less, and let new directions grow before a tolerance
         judges them; between truncations the cores are larger.
+    one_pass : bool
+        Whether layers of this package extend their bases in their own backward pass, which
+        gives the same result as two passes at the cost of about one. False: by two calls
+        of a closure, as published.
 
     Raises
     ------
@@ -58,13 +64,21 @@ class TDLRT(Optimizer):
 
     Notes
     -----
-    In a step that extends the bases the closure is called twice, at one and the same weight:
-    once for the gradients of the factors, once for that of the core in the new bases. In
-    other steps it is called once.
+    *One pass.* Extending the bases does not change the weight, so both gradients of
+    Algorithm 1 are taken at one weight, and a layer whose backward is ours has all that is
+    needed for both. Between ``backward`` and ``step`` its core and factors are wider, and
+    ``core.grad`` is the gradient of the wider core: it can be clipped, scaled and added to
+    by further micro-batches. ``zero_grad`` without a step takes the padding away. In such a
+    pass the gradient of the core goes straight to ``core.grad``, also under
+    ``torch.autograd.grad``; hooks on the core do not see it, and second derivatives are
+    refused.
 
-    Every step is all or nothing: if anything raises (the closure, a gradient that is NaN or
-    infinite, the wrapped optimizer), parameters and state are as they were before it. That
-    costs a copy of the trained parameters and of their state while the step runs.
+    *Two passes.* Tucker tensors in modules of other kinds need a closure: ``step(closure)``
+    calls it twice in a step that extends the bases, at one and the same weight.
+
+    *All or nothing.* If a step raises (in the closure, for a gradient that is NaN or
+    infinite, in the wrapped optimizer), parameters and state are as they were before it.
+    That costs a copy of the trained parameters and of their state while the step runs.
 
     Examples
     --------
@@ -74,12 +88,13 @@ class TDLRT(Optimizer):
     >>> model = factorize(torch.nn.Sequential(torch.nn.Linear(20, 10)), 4, verbose=False)
     >>> optimizer = TDLRT(torch.optim.SGD(model.parameters(), lr=0.1), model, gt.Tolerance(0.1))
     >>> x, y = torch.randn(8, 20), torch.randn(8, 10)
-    >>> def closure():
+    >>> losses = []
+    >>> for _ in range(50):
     ...     optimizer.zero_grad()
     ...     loss = torch.nn.functional.mse_loss(model(x), y)
     ...     loss.backward()
-    ...     return loss
-    >>> losses = [optimizer.step(closure).item() for _ in range(50)]
+    ...     optimizer.step()
+    ...     losses.append(loss.item())
     >>> losses[-1] < 0.5 * losses[0]
     True
     """
@@ -90,6 +105,7 @@ class TDLRT(Optimizer):
         model: nn.Module,
         ranks: Any = None,
         basis_every: int = 1,
+        one_pass: bool = True,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
@@ -116,6 +132,10 @@ class TDLRT(Optimizer):
             for factor in slot.factors:  # Adagrad makes its state beforehand
                 self.state.pop(factor, None)
         self._first_ranks = self.ranks
+        self.one_pass = one_pass
+        self._arm()
+        # Without this optimizer nobody would truncate what they extend.
+        weakref.finalize(self, _disarm, [slot.layer for slot in slots if slot.layer is not None])
 
     # What an optimizer is for its users: all of it belongs to the wrapped one.
 
@@ -144,9 +164,14 @@ class TDLRT(Optimizer):
         self.wrapped.add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients of all parameters, factors included."""
+        """Reset the gradients of all parameters, factors included.
+
+        Bases that a backward pass has extended without a step after it shrink again.
+        """
         self.wrapped.zero_grad(set_to_none)
         for slot in self._slots:
+            if slot.layer is not None:
+                slot.layer.unlift()
             for factor in slot.factors:
                 factor.grad = None
 
@@ -181,6 +206,7 @@ class TDLRT(Optimizer):
         self.wrapped.load_state_dict({k: v for k, v in state_dict.items() if k != "tdlrt"})
         self._phase = int(own["phase"]) % self.basis_every
         self._first_ranks = {name: tuple(ranks) for name, ranks in own["first_ranks"].items()}
+        self._arm()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return everything, for copies and pickles."""
@@ -193,48 +219,73 @@ class TDLRT(Optimizer):
     # The algorithm.
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Take one step of Algorithm 1.
+        """Take one step of Algorithm 1, with the gradients that ``backward`` has left.
 
         Parameters
         ----------
-        closure : callable
-            Resets the gradients, computes the loss, calls ``backward`` and returns the loss.
-            It runs with gradients enabled, twice if this step extends the bases.
+        closure : callable, optional
+            Resets the gradients, computes the loss, calls ``backward`` and returns the loss; it
+            runs with gradients enabled. Only Tucker tensors in other modules than this
+            package's layers need it: in a step that extends the bases it is called twice then.
 
         Returns
         -------
         loss
-            What the first call of the closure returned.
+            What the first call of the closure returned; None without one.
 
         Raises
         ------
         TypeError
-            Without a closure.
+            Without a closure where one is needed.
         geotucker.NonFiniteError
             If a gradient or a new core is NaN or infinite.
         """
-        if closure is None:
+        slots = self._trained()
+        foreign = [s for s in slots if s.layer is None or not self.one_pass]
+        if closure is None and foreign and self._phase == 0:
             raise TypeError(
                 "closure: expected a function that resets the gradients, computes the loss, "
-                "calls backward and returns the loss; got None. The bases are extended between "
-                "two passes of it"
+                "calls backward and returns the loss; got None. The bases of "
+                f"{', '.join(slot.name for slot in foreign)} are extended between two passes of it"
             )
-        closure = torch.enable_grad()(closure)
-        slots = self._trained()
+        loss = None
         with self._all_or_nothing(), torch.no_grad():
-            with _factors_require_grad(slots, self._phase == 0):
-                loss = closure()
+            if closure is not None:
+                loss = self._evaluate(torch.enable_grad()(closure), foreign)
             self._check_gradients()
-            if self._phase == 0:
-                self._extend(slots)
-                with _factors_require_grad(slots, False):
-                    closure()
-                self._check_gradients()
+            self._settle(slots)
             self.wrapped.step()
             self._phase = (self._phase + 1) % self.basis_every
             if self._phase == 0:
                 self._truncate(slots)
+            self._arm()
         return loss
+
+    def _evaluate(self, closure: Callable[[], Any], foreign: list[Slot]) -> Any:
+        """Run the closure, and once more if bases are to be extended from outside a layer."""
+        extend = bool(foreign) and self._phase == 0
+        with _factors_require_grad(foreign, extend):
+            loss = closure()
+        if extend:
+            self._check_gradients()
+            self._extend(foreign)
+            with _factors_require_grad(foreign, False):
+                closure()
+        return loss
+
+    def _arm(self) -> None:
+        """Have our own layers extend their bases in the next backward pass, or not."""
+        for slot in self._slots:
+            if slot.layer is not None:
+                slot.layer.armed = self.one_pass and self._phase == 0
+
+    def _settle(self, slots: list[Slot]) -> None:
+        """Make the lifts of the backward pass final, and lift the moments after them."""
+        for slot in slots:
+            if slot.layer is not None and slot.layer.narrow is not None:
+                old, new = slot.layer.narrow.ranks, slot.point.ranks
+                self._carry(slot, lambda state, o=old, n=new: lift_state(state, o, n))
+                slot.layer.narrow = None
 
     def truncate(self) -> None:
         """Truncate all Tucker tensors now, by the rank rule.
@@ -243,8 +294,10 @@ class TDLRT(Optimizer):
         saving the model; the next step extends the bases again.
         """
         with self._all_or_nothing(), torch.no_grad():
+            self._settle(self._slots)
             self._truncate(self._trained())
             self._phase = 0
+            self._arm()
 
     def _trained(self) -> list[Slot]:
         """Return the Tucker tensors that are not frozen now."""
@@ -308,8 +361,10 @@ class TDLRT(Optimizer):
     def _all_or_nothing(self) -> Iterator[None]:
         """Put parameters, state and counters back if the block raises."""
         points = [_copy_point(slot.point) for slot in self._slots]
-        held = {p for slot in self._slots for p in (slot.core, *slot.factors)}
-        others = [p for g in self.param_groups for p in g["params"] if p not in held]
+        layers = [slot.layer for slot in self._slots if slot.layer is not None]
+        lifts = [(layer.armed, layer.narrow) for layer in layers]
+        gradients = {p: p.grad for slot in self._slots for p in (slot.core, *slot.factors)}
+        others = [p for g in self.param_groups for p in g["params"] if p not in gradients]
         values = [p.detach().clone() for p in others]
         state = {p: _copy_state(self.state[p]) for p in self.state}
         phase = self._phase
@@ -318,6 +373,10 @@ class TDLRT(Optimizer):
         except BaseException:
             for slot, point in zip(self._slots, points, strict=True):
                 slot.write(point)
+            for parameter, gradient in gradients.items():
+                parameter.grad = gradient
+            for layer, lift in zip(layers, lifts, strict=True):
+                layer.armed, layer.narrow = lift
             with torch.no_grad():
                 for parameter, value in zip(others, values, strict=True):
                     parameter.copy_(value)
@@ -325,6 +384,11 @@ class TDLRT(Optimizer):
             self.state.update(state)
             self._phase = phase
             raise
+
+
+def _disarm(layers: list[TuckerModule]) -> None:
+    for layer in layers:
+        layer.armed = False
 
 
 def _trained_slots(model: nn.Module, optimizer: Optimizer) -> list[Slot]:

@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 import geotucker as gt
 
 from ._layers import TuckerModule
+from ._point import read_point, write_point
 
 __all__ = ["Slot", "find_slots"]
 
@@ -26,20 +26,17 @@ class Slot:
     factors: tuple[nn.Parameter, ...]
     # Modules with an attribute `rank` to keep in step (tensorly-torch reads it in forward).
     ranked: tuple[nn.Module, ...] = ()
+    # Our own layer, whose backward can extend the bases.
+    layer: TuckerModule | None = None
 
     @property
     def point(self) -> gt.TuckerPoint:
         """The tensor as a detached point that shares storage with the parameters."""
-        return gt.TuckerPoint(self.core.detach(), tuple(f.detach() for f in self.factors))
+        return read_point(self.core, self.factors)
 
     def write(self, point: gt.TuckerPoint) -> None:
         """Put a point of any ranks into the parameters; their gradients are dropped."""
-        arrays = (point.core, *point.factors)
-        with torch.no_grad():
-            for parameter, array in zip((self.core, *self.factors), arrays, strict=True):
-                parameter.grad = None  # it would have the old shape
-                # Not `parameter.data = ...`, which breaks graphs and optimizer state.
-                parameter.set_(array.contiguous())  # type: ignore[call-overload]
+        write_point(self.core, self.factors, point)
         for module in self.ranked:
             module.rank = point.ranks  # type: ignore[assignment]
 
@@ -57,7 +54,8 @@ def find_slots(model: nn.Module) -> list[Slot]:
             if not isinstance(core, nn.Parameter) or core in slots:
                 continue
             factors = tuple(module.factors)  # type: ignore[arg-type]
-            slots[core] = Slot(name, core, factors, tuple(_ranked(model, module)))
+            layer = module if isinstance(module, TuckerModule) else None
+            slots[core] = Slot(name, core, factors, tuple(_ranked(model, module)), layer)
     return list(slots.values())
 
 

@@ -1,0 +1,29 @@
+"""Reading and writing a Tucker tensor that lives in parameters."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+import geotucker as gt
+
+__all__ = ["read_point", "write_point"]
+
+
+def read_point(core: nn.Parameter, factors: Iterable[nn.Parameter]) -> gt.TuckerPoint:
+    """Return a detached point that shares its memory with the parameters."""
+    return gt.TuckerPoint(core.detach(), tuple(factor.detach() for factor in factors))
+
+
+def write_point(core: nn.Parameter, factors: Iterable[nn.Parameter], point: gt.TuckerPoint) -> None:
+    """Put a point of any ranks into parameters; their gradients are dropped.
+
+    The Parameter objects stay and get new memory, so that param groups, the optimizer's state
+    and references elsewhere stay valid, and what shares the old memory keeps the old values.
+    """
+    with torch.no_grad():
+        pairs = zip((core, *factors), (point.core, *point.factors), strict=True)
+        for parameter, array in pairs:
+            parameter.grad = None  # it would have the old shape
+            # Not `parameter.data = ...`, which breaks graphs and optimizer state.
+            parameter.set_(array.contiguous())  # type: ignore[call-overload]

@@ -1,0 +1,386 @@
+"""One pass is exact: equal to two passes, and at home in ordinary training loops."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import geotucker as gt
+from geotucker.testing import check_orthonormal
+from geotucker_torch import (
+    TDLRT,
+    TuckerConv1d,
+    TuckerConv2d,
+    TuckerConv3d,
+    TuckerLinear,
+    factorize,
+)
+
+
+def sgd(model, **settings):
+    return torch.optim.SGD(model.parameters(), **{"lr": 0.1, "momentum": 0.9, **settings})
+
+
+def steps(model, x, *, one_pass, rule=None, number=3):
+    """Train a copy for a few steps, without a closure if one pass suffices."""
+    model = copy.deepcopy(model)
+    optimizer = TDLRT(sgd(model), model, rule, one_pass=one_pass)
+
+    def closure():
+        optimizer.zero_grad()
+        y = model(x)
+        loss = (y - 1).square().mean() + (y**3).mean() / 10
+        loss.backward()
+        return loss
+
+    for _ in range(number):
+        if one_pass:
+            closure()
+            optimizer.step()
+        else:
+            optimizer.step(closure)
+    return model
+
+
+def assert_one_pass_is_two(layer, x, **settings):
+    one = steps(layer, x, one_pass=True, **settings)
+    two = steps(layer, x, one_pass=False, **settings)
+    assert one.ranks == two.ranks
+    torch.testing.assert_close(one.dense_weight(), two.dense_weight(), rtol=0, atol=1e-12)
+    if layer.bias is not None:
+        torch.testing.assert_close(one.bias, two.bias, rtol=0, atol=1e-12)
+
+
+RULES = st.sampled_from([None, gt.Tolerance(0.1), gt.Fixed(2)])
+
+
+@given(
+    features=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    ranks=st.integers(1, 9),
+    lead=st.sampled_from([(), (4,), (2, 3)]),
+    bias=st.booleans(),
+    rule=RULES,
+)
+def test_linear(features, ranks, lead, bias, rule):
+    torch.manual_seed(0)
+    layer = TuckerLinear(*features, ranks, bias).double()
+    assert_one_pass_is_two(layer, torch.randn(*lead, features[0]).double(), rule=rule)
+
+
+@given(
+    kind=st.sampled_from([TuckerConv1d, TuckerConv2d, TuckerConv3d]),
+    groups=st.sampled_from([1, 2, 4]),
+    ranks=st.integers(1, 8),
+    kernel=st.integers(1, 3),
+    stride=st.integers(1, 2),
+    padding=st.sampled_from([0, 1, "same", "valid"]),
+    dilation=st.integers(1, 2),
+    padding_mode=st.sampled_from(["zeros", "reflect", "replicate", "circular"]),
+    batched=st.booleans(),
+    bias=st.booleans(),
+    rule=RULES,
+)
+def test_convolution(
+    kind, groups, ranks, kernel, stride, padding, dilation, padding_mode, batched, bias, rule
+):
+    torch.manual_seed(0)
+    order = {TuckerConv1d: 1, TuckerConv2d: 2, TuckerConv3d: 3}[kind]
+    layer = kind(
+        4, 8, kernel, ranks, 1 if padding == "same" else stride, padding, dilation, groups, bias,
+        padding_mode,
+    ).double()  # fmt: skip
+    x = torch.randn(*((2,) if batched else ()), 4, *range(6, 6 + order)).double()
+    assert_one_pass_is_two(layer, x, rule=rule, number=2)
+
+
+def test_a_network_with_batch_norm_and_dropout_sees_one_pass():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        TuckerConv2d(3, 6, 3, 2), nn.BatchNorm2d(6), nn.Dropout(0.5), nn.Flatten(),
+        TuckerLinear(54, 4, 2),
+    )  # fmt: skip
+    optimizer = TDLRT(sgd(model), model)
+    state = torch.get_rng_state()
+    model(torch.randn(2, 3, 5, 5))
+    torch.set_rng_state(state)
+    model[1].reset_running_stats()
+    model(torch.randn(2, 3, 5, 5)).sum().backward()
+    optimizer.step()
+    assert int(model[1].num_batches_tracked) == 1
+
+
+def test_a_layer_used_twice_in_one_graph():
+    torch.manual_seed(0)
+    layer = TuckerLinear(6, 6, 2).double()
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = copy.deepcopy(layer)
+
+        def forward(self, x):
+            return self.layer(torch.tanh(self.layer(x)))
+
+    model, x = Twice(), torch.randn(5, 6).double()
+    dense = layer.dense_weight().detach().requires_grad_()
+    bias = layer.bias.detach()
+    hidden = torch.tanh(nn.functional.linear(x, dense, bias))
+    nn.functional.linear(hidden, dense, bias).square().sum().backward()
+    optimizer = TDLRT(sgd(model), model)
+    assert list(optimizer.ranks) == ["layer"]
+    model(x).square().sum().backward()
+    bases = [factor.detach() for factor in model.layer.factors]
+    assert model.layer.ranks == (4, 4)
+    expected = bases[0].T @ dense.grad @ bases[1]
+    torch.testing.assert_close(model.layer.core.grad, expected, rtol=0, atol=1e-12)
+
+
+def data(seed=0):
+    torch.manual_seed(seed)
+    model = factorize(
+        nn.Sequential(nn.Linear(10, 16), nn.Tanh(), nn.Linear(16, 14)), 3, verbose=False
+    ).double()
+    return model, torch.randn(12, 10).double(), torch.randn(12, 14).double()
+
+
+def test_micro_batches_add_up_in_the_bases_of_the_first():
+    model, x, y = data()
+    optimizer = TDLRT(sgd(model), model)
+    for part in (slice(0, 4), slice(4, 12)):
+        loss = (model(x[part]) - y[part]).square().sum()
+        loss.backward()
+    assert optimizer.ranks == {"0": (6, 6), "2": (6, 6)}
+    joined = [copy.deepcopy(layer.core.grad) for layer in (model[0], model[2])]
+    for layer in (model[0], model[2]):
+        layer.core.grad = None
+    (model(x) - y).square().sum().backward()  # the whole batch in the same wide bases
+    for layer, grad in zip((model[0], model[2]), joined, strict=True):
+        torch.testing.assert_close(layer.core.grad, grad, rtol=0, atol=1e-12)
+    optimizer.step()
+    assert optimizer.ranks == {"0": (3, 3), "2": (3, 3)}
+
+
+def test_equal_micro_batches_are_one_batch():
+    whole, x, y = data()
+    parts = copy.deepcopy(whole)
+    for model, number in ((whole, 1), (parts, 4)):
+        optimizer = TDLRT(sgd(model), model, gt.Tolerance(0.1))
+        for _ in range(number):
+            ((model(x) - y).square().mean() / number).backward()
+        optimizer.step()
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_the_norm_that_is_clipped_is_that_of_the_projected_gradient():
+    model, x, y = data()
+    optimizer = TDLRT(sgd(model), model)
+    assert optimizer.ranks == {"0": (3, 3), "2": (3, 3)}
+    (model(x) - y).square().sum().backward()
+    total = sum(
+        parameter.grad.square().sum()
+        for layer in (model[0], model[2])
+        for parameter in (layer.core, layer.bias)
+    ).sqrt()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+    torch.testing.assert_close(norm, total)
+    assert all(factor.grad is None for layer in (model[0], model[2]) for factor in layer.factors)
+    clipped = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    torch.testing.assert_close(clipped, torch.tensor(0.5).double(), rtol=1e-4, atol=0)
+
+
+def test_zero_grad_without_a_step_takes_the_padding_away():
+    model, x, y = data()
+    optimizer = TDLRT(sgd(model), model)
+    before = copy.deepcopy(model.state_dict())
+    (model(x) - y).square().sum().backward()
+    assert optimizer.ranks["0"] == (6, 6)
+    optimizer.zero_grad()
+    after = model.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    (model(x) - y).square().sum().backward()
+    assert optimizer.ranks["0"] == (6, 6)  # armed again
+
+
+def test_a_graph_from_before_the_padding_was_taken_away_still_counts():
+    model, x, y = data()
+    optimizer = TDLRT(sgd(model), model)
+    first = (model(x) - y).square().sum()
+    first.backward()
+    second = (model(x) - y).square().sum()  # in the wide bases
+    third = (model(x) - y).square().sum()
+    optimizer.zero_grad()
+    weight = model[0].dense_weight().detach().clone()
+    with pytest.raises(RuntimeError):  # autograd notices that its parameters are gone
+        second.backward()
+    optimizer.zero_grad()
+    del third
+    torch.testing.assert_close(model[0].dense_weight().detach(), weight)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_lifts_nothing(bad):
+    model, x, y = data()
+    optimizer = TDLRT(sgd(model), model)
+    before = copy.deepcopy(model.state_dict())
+    ((model(x) - y).square().sum() * bad).backward()
+    assert optimizer.ranks == {"0": (3, 3), "2": (3, 3)}
+    assert not torch.isfinite(model[0].core.grad).all()
+    (model(x) - y).square().sum().backward()  # a good micro-batch after it does not hide it
+    assert not torch.isfinite(model[0].core.grad).all()
+    with pytest.raises(gt.NonFiniteError, match="expected finite numbers"):
+        optimizer.step()
+    optimizer.zero_grad()
+    after = model.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    (model(x) - y).square().sum().backward()
+    optimizer.step()
+    check_orthonormal(model[0].point)
+
+
+def test_grad_scaler_skips_a_step_that_overflows_and_takes_the_others():
+    model, x, y = data()
+    model, x, y = model.float(), x.float(), y.float()
+    optimizer = TDLRT(sgd(model, lr=0.01), model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, growth_interval=1000)
+    weights = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = 100 * (model(x) - y).square().mean()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        weights.append(model[0].dense_weight().detach().clone())
+    assert scaler.get_scale() < 2.0**126  # it has skipped
+    assert torch.isfinite(weights[-1]).all()
+    assert not torch.allclose(weights[-1], weights[-2], atol=1e-6)
+    check_orthonormal(model[0].point)
+
+
+def test_a_failed_step_keeps_gradients_and_lift():
+    model, x, y = data()
+    optimizer = TDLRT(sgd(model), model, gt.Tolerance(0.1))
+    (model(x) - y).square().sum().backward()
+    model[2].bias.grad[0] = float("nan")
+    lifted = copy.deepcopy(model.state_dict())
+    gradient = model[0].core.grad.clone()
+    with pytest.raises(gt.NonFiniteError):
+        optimizer.step()
+    after = model.state_dict()
+    assert all(torch.equal(lifted[key], after[key]) for key in lifted)
+    assert torch.equal(model[0].core.grad, gradient)
+    model[2].bias.grad[0] = 0.0
+    optimizer.step()
+
+
+def test_the_first_layer_needs_no_input_gradient_and_the_graph_can_be_kept():
+    model, x, y = data()
+    optimizer = TDLRT(sgd(model), model)
+    assert optimizer.one_pass
+    loss = (model(x) - y).square().sum()
+    loss.backward(retain_graph=True)
+    once = model[0].core.grad.clone()
+    loss.backward()
+    torch.testing.assert_close(model[0].core.grad, 2 * once)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant):
+    plain, x, y = data()
+    saved = copy.deepcopy(plain)
+    x.requires_grad_(reentrant)  # the reentrant form needs it
+    gradients = []
+    for model, forward in (
+        (plain, lambda net: net(x)),
+        (saved, lambda net: checkpoint(net, x, use_reentrant=reentrant)),
+    ):
+        optimizer = TDLRT(sgd(model), model)
+        assert optimizer.one_pass
+        (forward(model) - y).square().sum().backward()
+        gradients.append([layer.core.grad for layer in (model[0], model[2])])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_autocast():
+    model, x, y = data()
+    model, x, y = model.float(), x.float(), y.float()
+    exact = copy.deepcopy(model)
+    for net, enabled in ((model, True), (exact, False)):
+        optimizer = TDLRT(sgd(net, momentum=0.0), net)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss = (net(x).float() - y).square().mean()
+        loss.backward()
+        assert net[0].core.grad.dtype == torch.float32
+        optimizer.step()
+        check_orthonormal(net[0].point)
+    difference = (model[0].dense_weight() - exact[0].dense_weight()).norm()
+    assert difference < 0.02 * exact[0].dense_weight().norm()
+
+
+def test_with_layers_of_other_kinds_in_one_model():
+    tltorch = pytest.importorskip("tltorch", reason="tensorly-torch is not installed")
+    torch.manual_seed(0)
+    theirs = tltorch.FactorizedLinear((2, 4), (2, 3), factorization="tucker", rank=0.6)
+    theirs.weight.normal_(0, 0.3)
+    model = nn.Sequential(TuckerLinear(10, 8, 3), nn.Tanh(), theirs)
+    x, y = torch.randn(12, 10), torch.randn(12, 6)
+    results = []
+    for one_pass in (True, False):
+        net = copy.deepcopy(model)
+        optimizer = TDLRT(sgd(net), net, one_pass=one_pass)
+
+        def closure(net=net, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = (net(x) - y).square().mean()
+            loss.backward()
+            return loss
+
+        with pytest.raises(TypeError, match="closure"):
+            optimizer.step()
+        for _ in range(3):
+            optimizer.step(closure)
+        results.append(net(x))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_are_disarmed_between_and_when_the_optimizer_is_gone():
+    model, x, y = data()
+    optimizer = TDLRT(sgd(model), model, basis_every=2)
+    (model(x) - y).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    (model(x) - y).square().sum().backward()
+    assert optimizer.ranks["0"] == (6, 6)  # an ordinary step in the wide bases
+    optimizer.step()
+    assert model[0].armed
+    del optimizer
+    gc.collect()
+    assert not model[0].armed
+
+
+def test_inference_and_frozen_layers_do_not_lift():
+    model, x, y = data()
+    optimizer = TDLRT(sgd(model), model)
+    with torch.no_grad():
+        model(x)
+    model[0].core.requires_grad_(False)
+    (model(x) - y).square().sum().backward()
+    assert optimizer.ranks == {"0": (3, 3), "2": (6, 6)}
+
+
+def test_second_derivatives_are_refused():
+    model, x, y = data()
+    optimizer = TDLRT(sgd(model), model)
+    assert optimizer.one_pass
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
