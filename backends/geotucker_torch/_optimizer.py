@@ -255,6 +255,8 @@ class TDLRT(Optimizer):
             self._check_gradients()
             self._settle(slots)
             self.wrapped.step()
+            for slot in slots:
+                _check_finite(slot.core.detach(), f"{slot.name}.core after the step")
             self._phase = (self._phase + 1) % self.basis_every
             if self._phase == 0:
                 self._truncate(slots)
@@ -319,8 +321,6 @@ class TDLRT(Optimizer):
 
     def _truncate(self, slots: list[Slot]) -> None:
         """Truncate cores by the rule and rotate their moments."""
-        for slot in slots:
-            _check_finite(slot.core.detach(), f"{slot.name}.core after the step")
         cuts = gt.truncate([slot.point for slot in slots], self._rule(slots))
         for slot, cut in zip(slots, cuts, strict=True):
             old = slot.point.ranks

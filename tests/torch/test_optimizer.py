@@ -218,7 +218,7 @@ def test_truncate_ends_a_period_early_and_only_the_cut_changes_the_model():
 
 
 def test_the_second_pass_starts_from_no_gradient_even_if_the_closure_forgets():
-    model, closure_for = problem()
+    model, _ = problem()
     twin = copy.deepcopy(model)
     results = []
     for network, forget in ((model, False), (twin, True)):
@@ -386,21 +386,13 @@ def test_a_failed_step_changes_nothing(fault, every, one_pass):
     rate = optimizer.param_groups[0]["lr"]
     if fault == "rate":
         optimizer.param_groups[0]["lr"] = float("inf")
-    errors = (KeyError, RuntimeError, gt.NonFiniteError)
-    with pytest.raises(errors):
-        for _ in range(every):  # an overflow shows when the period ends
-            optimizer.step(bad)
-            if fault == "rate":
-                before = None  # steps before the failing one were whole
-                kept = snapshot(model, optimizer)
+        before = snapshot(model, optimizer)
+    with pytest.raises((KeyError, RuntimeError, gt.NonFiniteError)):
+        optimizer.step(bad)
+    assert_same(snapshot(model, optimizer), before)
+    wrapped.broken = False
     optimizer.param_groups[0]["lr"] = rate
-    if before is not None:
-        assert_same(snapshot(model, optimizer), before)
-        wrapped.broken = False
-        assert np.isfinite(optimizer.step(good).item())
-    else:
-        kept[1]["param_groups"][0]["lr"] = rate
-        assert_same(snapshot(model, optimizer), kept)
+    assert np.isfinite(optimizer.step(good).item())
 
 
 def test_non_orthonormal_factors_are_orthonormalised_without_moving_the_weight():
@@ -432,7 +424,7 @@ def test_low_precision(dtype):
 
 
 def test_wrong_arguments():
-    model, closure_for = problem()
+    model, _ = problem()
     sgd = torch.optim.SGD(model.parameters(), 0.1)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(TypeError, match=r"optimizer: expected a torch\.optim\.Optimizer"):
@@ -450,7 +442,7 @@ def test_wrong_arguments():
     optimizer = TDLRT(sgd, model)
     with pytest.raises(TypeError, match="TDLRT cannot be wrapped"):
         TDLRT(optimizer, model)
-    with pytest.raises(TypeError, match="closure: expected a function .* 0, 3 are extended"):
+    with pytest.raises(TypeError, match=r"closure: expected a function .* 0, 3 are extended"):
         TDLRT(sgd, model, one_pass=False).step()
     assert_same(model.state_dict(), before)
 

@@ -49,9 +49,7 @@ def layers(tltorch):
 
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("rule", [gt.Tolerance(0.1), gt.Fixed(2)], ids=["tolerance", "fixed"])
-@pytest.mark.parametrize(
-    "name", ["factorized conv", "reconstructed conv", "linear", "regression"]
-)
+@pytest.mark.parametrize("name", ["factorized conv", "reconstructed conv", "linear", "regression"])
 def test_trains(tltorch, name, rule, every):
     layer, shape = layers(tltorch)[name]
     x = torch.randn(shape)
