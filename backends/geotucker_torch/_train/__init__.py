@@ -1,0 +1,1 @@
+"""The command ``geotucker train``: a network in Tucker format beside its dense baseline."""

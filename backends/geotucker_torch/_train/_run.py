@@ -1,0 +1,224 @@
+"""A run: two networks trained turn by turn, saved so that it can stop at any moment."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ._checkpoint import load_tree, save_tree
+from ._config import Config
+from ._data import DataSet, load
+from ._errors import DivergedError, ResumeError, RunError
+from ._fetch import data_folder
+from ._files import write_atomically
+from ._loop import evaluate, learning_rate, train_epoch
+from ._networks import Network, build_networks
+
+__all__ = ["CHECKPOINT", "CONFIG", "METRICS", "Run", "Watcher", "read_config", "start", "train"]
+
+CHECKPOINT = "checkpoint.safetensors"
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+
+
+class Watcher(Protocol):
+    """Whoever wants to see a run while it goes on."""
+
+    def stepped(self, network: Network) -> None:
+        """Take note of a step."""
+
+    def finished_epoch(self, network: Network, record: dict[str, Any]) -> None:
+        """Take note of an epoch and its line of metrics."""
+
+
+@dataclass
+class Run:
+    """All that a run consists of.
+
+    Parameters
+    ----------
+    folder : Path
+        Where its files go.
+    start_ranks : dict
+        Ranks of the Tucker network's layers before the first step.
+    start_compression : float
+        Its compression then.
+    metrics : list of dict
+        One record per epoch and network, in the order of training.
+    """
+
+    # fixed
+    folder: Path
+    config: Config
+    data: DataSet
+    start_ranks: dict[str, tuple[int, ...]]
+    start_compression: float
+    # changes with every step
+    networks: Sequence[Network]
+    # changes with every epoch
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def tucker(self) -> Network:
+        """The network in Tucker format."""
+        return self.networks[-1]
+
+    @property
+    def next(self) -> Network | None:
+        """The network whose turn it is, or None when all epochs are done."""
+        network = min(self.networks, key=lambda candidate: candidate.epoch)
+        return network if network.epoch < int(self.config.epochs or 0) else None
+
+
+def start(config: Config, folder: Path, resume: bool = False) -> Run:
+    """Load the data, build the networks, and open the run's folder.
+
+    Nothing is written before everything that can be wrong with the settings has been tried.
+
+    Parameters
+    ----------
+    config : Config
+        The settings; those that the run was started with if it is resumed.
+    folder : Path
+        The run's folder; made here.
+    resume : bool
+        Whether to go on from the folder's checkpoint. A run that was killed before its first
+        checkpoint begins anew.
+
+    Raises
+    ------
+    RunError
+        If an option, the data or the checkpoint cannot be used.
+    """
+    _make_reproducible(config)
+    data = load(config.data, data_folder(config.data_dir)).to(torch.device(config.device))
+    networks = build_networks(config, data)
+    tucker = networks[-1]
+    run = Run(folder, config, data, tucker.ranks, tucker.compression, networks)
+    if resume:
+        _restore(run)
+    else:
+        _create(folder, config)
+    _write_metrics(run)
+    return run
+
+
+def train(run: Run, watcher: Watcher) -> None:
+    """Train to the last epoch, the networks taking turns, epoch by epoch.
+
+    Raises
+    ------
+    DivergedError
+        If a network breaks down. The last checkpoint stays.
+    """
+    while (network := run.next) is not None:
+
+        def after_step(network: Network = network) -> None:
+            watcher.stepped(network)
+            every, step = run.config.checkpoint_every, network.tally.step
+            if every and step % every == 0 and step < network.order.steps:
+                network.keep_randomness()
+                _save(run)
+
+        train_epoch(network, run.data, run.config, after_step)
+        record = _finish_epoch(run, network)
+        run.metrics.append(record)
+        _save(run)
+        _write_metrics(run)
+        watcher.finished_epoch(network, record)
+
+
+def _finish_epoch(run: Run, network: Network) -> dict[str, Any]:
+    """Truncate, evaluate, and turn the epoch's tally into a line of metrics."""
+    with network.own_randomness():
+        if network.ranks:
+            network.optimizer.truncate()  # type: ignore[union-attr]
+        test_loss, test_accuracy = evaluate(network.model, run.data)
+    if test_loss != test_loss or abs(test_loss) == float("inf"):
+        raise DivergedError(
+            f"{network.name} network, epoch {network.epoch + 1}: the loss on the test set became "
+            f"{test_loss}; try a smaller --lr"
+        )
+    tally = network.tally
+    record = {
+        "network": network.name,
+        "epoch": network.epoch + 1,
+        "loss": tally.loss / tally.seen,
+        "train_accuracy": tally.correct / tally.seen,
+        "test_loss": test_loss,
+        "test_accuracy": test_accuracy,
+        "ranks": {name: list(ranks) for name, ranks in network.ranks.items()},
+        "parameters": network.parameters,
+        "compression": network.compression,
+        "lr": learning_rate(run.config, network.epoch),
+        "seconds": round(tally.seconds, 3),
+    }
+    network.epoch += 1
+    network.tally = type(tally)()
+    return record
+
+
+def _make_reproducible(config: Config) -> None:
+    """Fix what a result depends on besides the seed."""
+    torch.set_num_threads(int(config.threads or 1))
+    if config.device == "cuda":
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = True
+
+
+def _create(folder: Path, config: Config) -> None:
+    """Make the run's folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / CONFIG, config.to_json().encode())
+    except OSError as error:
+        raise RunError(f"--out: cannot write to {folder} ({error.strerror})") from error
+
+
+def read_config(folder: Path) -> Config:
+    """Return the settings that a run was started with.
+
+    Raises
+    ------
+    ResumeError
+        If there is no run in the folder.
+    """
+    path = folder / CONFIG
+    try:
+        return Config.from_mapping(json.loads(path.read_text()))
+    except FileNotFoundError as error:
+        raise ResumeError(f"--resume: no run in {folder} (no {CONFIG} there)") from error
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ResumeError(f"--resume: {path} is not a run's settings ({error})") from error
+
+
+def _save(run: Run) -> None:
+    """Write a checkpoint that replaces the last one."""
+    state = {
+        "networks": {network.name: network.state_dict() for network in run.networks},
+        "metrics": run.metrics,
+    }
+    save_tree(run.folder / CHECKPOINT, state)
+
+
+def _restore(run: Run) -> None:
+    """Go back to the last checkpoint, if there is one yet."""
+    path = run.folder / CHECKPOINT
+    if not path.exists():
+        return
+    state = load_tree(path)
+    try:
+        for network in run.networks:
+            network.load_state_dict(state["networks"][network.name])
+        run.metrics = state["metrics"]
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise ResumeError(f"{path}: does not fit the settings in {CONFIG} ({error})") from error
+
+
+def _write_metrics(run: Run) -> None:
+    """Write the whole metrics file: what a killed run wrote too much goes away by itself."""
+    lines = "".join(json.dumps(record) + "\n" for record in run.metrics)
+    write_atomically(run.folder / METRICS, lines.encode())

@@ -1,0 +1,208 @@
+"""Options, ranks, models and the checkpoint file of the train command."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from geotucker_torch._train import _files
+from geotucker_torch._train._checkpoint import load_tree, save_tree
+from geotucker_torch._train._config import Config
+from geotucker_torch._train._errors import OptionError, ResumeError
+from geotucker_torch._train._models import MODELS, build
+from geotucker_torch._train._ranks import parse_ranks
+
+LAYERS = {"conv1": (20, 1, 5, 5), "conv2": (50, 20, 5, 5), "fc1": (500, 800), "fc2": (10, 500)}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("10", {"conv1": 10, "conv2": 10, "fc1": 10, "fc2": 10}),
+        ("0.1", dict.fromkeys(LAYERS, 0.1)),
+        ("1.0", dict.fromkeys(LAYERS, 1.0)),
+        ("conv2=8,8,5,5;fc1=9", {"conv2": (8, 8, 5, 5), "fc1": 9}),
+        ("conv*=0.2; fc1 = 9, 9", {"conv1": 0.2, "conv2": 0.2, "fc1": (9, 9)}),
+        ("7;fc2=dense", {"conv1": 7, "conv2": 7, "fc1": 7}),
+        ("conv1=dense;conv*=6", {"conv2": 6}),
+    ],
+)
+def test_ranks_are_read(text: str, expected: dict[str, object]) -> None:
+    assert parse_ranks([text], default=None).for_model(LAYERS) == expected
+    assert parse_ranks(text.split(";"), default=None).for_model(LAYERS) == expected
+
+
+def test_without_ranks_all_layers_take_the_default() -> None:
+    assert parse_ranks([], default=0.25).for_model(LAYERS) == dict.fromkeys(LAYERS, 0.25)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["0", "-3", "1.5", "nan", "ten", "8,", "8,0", "8,8.5", "=9", "fc1=", "fc1=0", "10;20", "inf"],
+)
+def test_unreadable_ranks_name_the_option(text: str) -> None:
+    with pytest.raises(OptionError, match=r"^--ranks: got .*, expected "):
+        parse_ranks([text], default=None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("convv2=8", "convv2.*conv1, conv2, fc1, fc2"),
+        ("conv2=8,8,5", r"4 ranks for layer conv2 of shape \(50, 20, 5, 5\)"),
+        ("*=dense", "no layer to factorise"),
+    ],
+)
+def test_ranks_that_do_not_fit_the_model(text: str, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        parse_ranks([text], default=None).for_model(LAYERS)
+
+
+def test_settings_without_values_are_filled_in() -> None:
+    config = Config()
+    assert None not in (config.model, config.lr, config.epochs, config.batch_size, config.threads)
+    assert config.adaptive
+    assert not Config(ranks=("10",)).adaptive
+    assert Config(ranks=("10",), tolerance=0.1).adaptive
+
+
+def test_settings_survive_json() -> None:
+    config = Config(data="mnist", ranks=("10", "fc2=dense"), lr=0.123456789012345, baseline=False)
+    assert Config.from_mapping(json.loads(config.to_json())) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"data": "minst"}, r"--data: got 'minst', expected one of .*did you mean mnist\?"),
+        ({"model": "alexnet"}, "--model: got 'alexnet', expected one of"),
+        ({"optimizer": "lbfgs"}, "--optimizer"),
+        ({"schedule": "linear"}, "--schedule"),
+        ({"device": "tpu"}, "--device"),
+        ({"lr": 0.0}, "--lr: got 0.0, expected a positive number"),
+        ({"lr": float("nan")}, "--lr: got nan"),
+        ({"lr": float("inf")}, "--lr: got inf"),
+        ({"weight_decay": -0.1}, "--weight-decay: got -0.1"),
+        ({"tolerance": 1.0}, "--tolerance: got 1.0"),
+        ({"tolerance": -0.1}, "--tolerance: got -0.1"),
+        ({"epochs": 0}, "--epochs: got 0, expected an integer of at least 1"),
+        ({"batch_size": 0}, "--batch-size: got 0"),
+        ({"basis_every": 0}, "--basis-every: got 0"),
+        ({"checkpoint_every": -1}, "--checkpoint-every: got -1"),
+        ({"threads": -1}, "--threads: got -1"),
+        ({"seed": -1}, "--seed: got -1"),
+        ({"floor": 0}, "--floor: got 0"),
+        ({"floor": 5, "cap": 4}, "--cap: got 4, expected at least --floor"),
+        ({"ranks": ("x",)}, "--ranks: got 'x'"),
+    ],
+)
+def test_bad_settings_name_the_option(values: dict[str, object], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        Config(**values)  # type: ignore[arg-type]
+
+
+def test_cuda_without_a_gpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(OptionError, match="--device: got cuda"):
+        Config(device="cuda")
+    assert Config(device="auto").device == "cpu"
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("channels", "size"), [(1, 28), (3, 32)])
+def test_models_take_the_images(name: str, channels: int, size: int) -> None:
+    model = build(name, channels, size, 10)
+    assert model(torch.zeros(2, channels, size, size)).shape == (2, 10)
+
+
+def test_lenet5_has_the_published_size() -> None:
+    parameters = build("lenet5", 1, 28, 10).parameters()
+    assert sum(parameter.numel() for parameter in parameters) == 431_080
+
+
+def test_images_too_small_for_a_model_are_an_error() -> None:
+    with pytest.raises(OptionError, match=r"--model: got lenet5, expected one that takes 8x8"):
+        build("lenet5", 1, 8, 10)
+
+
+TREE = {
+    "model": {"fc1.core": torch.arange(6.0).reshape(2, 3).T, "empty": torch.empty(0)},
+    "optimizer": {
+        "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(2, dtype=torch.float64)}},
+        "param_groups": [{"lr": 0.1, "betas": (0.9, 0.999), "foreach": None, "params": [0]}],
+    },
+    "random": torch.get_rng_state(),
+    "flag": True,
+    "name": "ä",
+    "third": 1 / 3,
+}
+
+
+def assert_same(a: object, b: object) -> None:
+    """Compare trees exactly, types included."""
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert list(a) == list(b)
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for left, right in zip(a, b, strict=True):
+            assert_same(left, right)
+    else:
+        assert a == b
+
+
+def test_checkpoint_comes_back_exactly(tmp_path: Path) -> None:
+    save_tree(tmp_path / "checkpoint", TREE)
+    assert_same(load_tree(tmp_path / "checkpoint"), TREE)
+
+
+def test_shared_tensors_are_saved_apart(tmp_path: Path) -> None:
+    tensor = torch.arange(4.0)
+    save_tree(tmp_path / "checkpoint", {"a": tensor, "b": tensor[:2]})
+    back = load_tree(tmp_path / "checkpoint")
+    assert back["b"].untyped_storage().nbytes() == 8
+
+
+@pytest.mark.parametrize(
+    "bad", [object(), {1.5: 0}, {"a": {("x",): 1}}, {1: torch.ones(1), "1": torch.ones(1)}]
+)
+def test_what_cannot_be_saved_is_an_error(bad: object, tmp_path: Path) -> None:
+    with pytest.raises(TypeError):
+        save_tree(tmp_path / "checkpoint", bad)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", [b"", b"not safetensors", None])
+def test_a_damaged_checkpoint_is_an_error(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    save_tree(path, TREE)
+    path.write_bytes(path.read_bytes()[:-10] if content is None else content)
+    with pytest.raises(ResumeError, match="not a whole checkpoint"):
+        load_tree(path)
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_write_that_fails_leaves_the_old_file(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    _files.write_atomically(path, b"old")
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail)
+        with pytest.raises(OSError, match="disk full"):
+            _files.write_atomically(path, b"new content")
+    assert path.read_bytes() == b"old"
+    _files.write_atomically(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
