@@ -290,13 +290,14 @@ class TDLRT(Optimizer):
                 slot.layer.narrow = None
 
     def truncate(self) -> None:
-        """Truncate all Tucker tensors now, by the rank rule.
+        """Truncate all Tucker tensors now, by the rank rule, unless the last step has done so.
 
-        With ``basis_every=1`` every step has done so. Otherwise call it before measuring or
-        saving the model; the next step extends the bases again.
+        With ``basis_every`` above 1 call it before measuring or saving the model; the next step
+        extends the bases again.
         """
+        if self._phase == 0:
+            return
         with self._all_or_nothing(), torch.no_grad():
-            self._settle(self._slots)
             self._truncate(self._trained())
             self._phase = 0
             self._arm()
