@@ -12,13 +12,14 @@ which pays for ranks near the full ones.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import grad
 
 from geotucker import ShapeError
 
@@ -37,10 +38,10 @@ __all__ = [
 ]
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_CONV_WEIGHT = {
-    1: torch.nn.grad.conv1d_weight,
-    2: torch.nn.grad.conv2d_weight,
-    3: torch.nn.grad.conv3d_weight,
+_CONV_WEIGHT: dict[int, Callable[..., Tensor]] = {
+    1: grad.conv1d_weight,
+    2: grad.conv2d_weight,
+    3: grad.conv3d_weight,
 }
 _PAD_MODE = {"zeros": "constant"}  # the names of nn.ConvNd -> those of F.pad, where they differ
 
@@ -424,7 +425,7 @@ def conv_core_gradient(
     size = (u_out.shape[1], u_in.shape[1], *kernel)
     weight: Tensor = _CONV_WEIGHT[order](x, size, g, stride, pad, dilation)
     for basis in spatial:  # axis 2 goes last each time, which restores the order at the end
-        weight = torch.tensordot(weight, basis, ([2], [0]))
+        weight = _move(weight, 2, basis.t())
     return weight
 
 

@@ -313,6 +313,9 @@ class TuckerModule(nn.Module):
             error_msgs.extend(_size_mismatch(key, given[key], own[key]) for key in wrong)
             state_dict.update({key: own[key] for key in given})
         else:
+            if prefix + "core" in given and self.narrow is not None:
+                # The point from before a lift must not come back over the one that is loaded.
+                self.narrow, self.armed = None, True
             for key, tensor in given.items():
                 _resize(own[key], tensor.shape)
         super()._load_from_state_dict(

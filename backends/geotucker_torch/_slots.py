@@ -73,5 +73,6 @@ def _ranked(model: nn.Module, tensor: nn.Module) -> Iterator[nn.Module]:
         return
     yield tensor
     for module in model.modules():
-        if getattr(module, "weight", None) is tensor and hasattr(module, "rank"):
+        # Not getattr: a layer of ours would form its dense weight.
+        if module._modules.get("weight") is tensor and hasattr(module, "rank"):
             yield module

@@ -3,16 +3,18 @@
 import math
 import warnings
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 import geotucker as gt
+from geotucker_torch import _contract
 from geotucker_torch._contract import (
     CONTRACTIONS,
     Contraction,
@@ -273,6 +275,29 @@ def test_flops_are_those_that_run(contraction: Contraction, case: Case) -> None:
 def test_the_cheapest_runs(case: Case) -> None:
     assert measured(case, None) == min(measured(case, forced) for forced in CONTRACTIONS)
     assert measured(case, None) == measured(case, cheapest(sizes_of(case)))
+
+
+STRIDED = {"stride": (2,), "padding": (0,), "dilation": (1,), "groups": 1}
+
+
+@example(Case(*parameters((4, 4, 1), (2, 2, 1), False), inputs((1, 4, 7)), STRIDED))
+@given(case=st.one_of(linear_cases(), conv_cases(), conv_cases()))
+def test_the_sizes_are_those_of_layer_and_input(case: Case) -> None:
+    with mock.patch.object(_contract, "cheapest", wraps=cheapest) as chooser:
+        contract(case, None)
+    chooser.assert_called_once_with(sizes_of(case))
+
+
+@pytest.mark.parametrize("contraction", FORCED, ids=str)
+def test_positions_that_a_stride_skips_are_not_projected(contraction: Contraction | None) -> None:
+    torch.manual_seed(0)
+    options = {"stride": (2, 3), "padding": (0, 0), "dilation": (1, 1), "groups": 2}
+    case = Case(*parameters((8, 4, 1, 1), (2, 2, 1, 1), True), inputs((3, 8, 7, 5)), options)
+    torch.testing.assert_close(contract(case, contraction), reference(case))
+    assert sizes_of(case).positions_in == sizes_of(case).positions_out == 4 * 2
+    assert measured(case, contraction) == flops(
+        contraction or cheapest(sizes_of(case)), sizes_of(case)
+    )
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,14 @@ def test_a_model_without_data_loads_a_checkpoint() -> None:
     torch.testing.assert_close(model(image()), trained(image()))
 
 
+def test_a_model_without_data_has_no_singular_values() -> None:
+    with torch.device("meta"):
+        model = lenet()
+    with pytest.raises(gt.RankError, match=r"layer '0\.0': ranks: Tolerance.* singular values"):
+        factorize(model, gt.Tolerance(0.1), verbose=False)
+    assert tucker_names(model) == []
+
+
 def test_replaced_models_train() -> None:
     model = factorize(lenet(), 0.2, verbose=False)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
