@@ -23,7 +23,9 @@ extensions = [
     "sphinx.ext.viewcode",
 ]
 exclude_patterns = ["_build"]
-nitpicky = False  # resolving NumPy's and PyTorch's names would need the network
+# A reference to a public name of ours must resolve; resolving others would need the network.
+nitpicky = True
+nitpick_ignore_regex = [(r"py:.*", r"(?!geotucker(_torch|_cupy)?\.[A-Za-z]).*")]
 default_role = "code"  # `name` in a docstring is code
 
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
@@ -32,6 +34,8 @@ myst_heading_anchors = 3
 autodoc_member_order = "groupwise"
 autodoc_typehints_format = "short"
 napoleon_google_docstring = False
+# Types in docstrings are for people: "array, shape (n, r)" is no list of links.
+napoleon_use_param = False
 napoleon_use_rtype = False
 
 html_theme = "furo"
