@@ -41,7 +41,7 @@ class TDLRT(Optimizer):
         Built on the parameters of the factorised model. LBFGS, whose history is one flat
         vector over all parameters, cannot follow the bases and is refused.
     model : nn.Module
-        Holds this package's layers or ``tltorch.TuckerTensor``s. Non-orthonormal factors
+        Holds layers of this package or of ``tltorch.TuckerTensor``. Non-orthonormal factors
         are orthonormalised here; no weight changes.
     ranks : RankRule, int, float, tuple or mapping, optional
         What to truncate to: a rule for all Tucker tensors, or a mapping from patterns of

@@ -232,6 +232,9 @@ def test_patterns_without_a_match_are_named() -> None:
 class Loudest:
     """A rule for a whole network: rank 2 for the tensor of largest norm, 1 for the others."""
 
+    def __repr__(self) -> str:
+        return "Loudest()"
+
     def __call__(self, spectra: Any) -> list[tuple[int, ...]]:
         norms = [float((s.values[0] ** 2).sum()) for s in spectra]
         return [
@@ -386,7 +389,7 @@ def test_factorize_prints_what_plan_says(capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("ranks", [0.1, 3, gt.Tolerance(0.5), {"0.*": 2}, Loudest()], ids=str)
+@pytest.mark.parametrize("ranks", [0.1, 3, gt.Tolerance(0.5), {"0.*": 2}, Loudest()], ids=repr)
 def test_the_counts_are_those_of_the_models(ranks: Any) -> None:
     model = lenet()
     table = plan(model, ranks)
@@ -424,7 +427,7 @@ def broken() -> nn.Sequential:
     return model
 
 
-@pytest.mark.parametrize("ranks", [0.2, gt.Tolerance(0.5), Loudest()], ids=str)
+@pytest.mark.parametrize("ranks", [0.2, gt.Tolerance(0.5), Loudest()], ids=repr)
 def test_nothing_changes_if_a_layer_fails(ranks: Any, capsys: pytest.CaptureFixture[str]) -> None:
     model = broken()
     before = snapshot(model)
