@@ -17,7 +17,16 @@ from ._errors import ShapeError
 from ._hosvd import truncate
 from ._ops import Array
 from ._ranks import as_rule
-from ._tensor import TuckerPoint, TuckerTangent, as_point, check_finite, check_like, pad, pair_of
+from ._tensor import (
+    TuckerPoint,
+    TuckerTangent,
+    as_point,
+    check_finite,
+    check_like,
+    labels,
+    pad,
+    pair_of,
+)
 
 __all__ = [
     "Contractable",
@@ -46,7 +55,7 @@ Gradient: TypeAlias = Any
 def contract(gradient: Gradient, factors: Sequence[Array], skip: int | None = None) -> Array:
     """Return ``Z x_{j != skip} U_j^T``, the gradient seen through the bases."""
     if isinstance(gradient, Contractable):
-        return gradient.contract(factors, skip)
+        return _checked(gradient.contract(factors, skip), factors, skip)
     if _is_pair(gradient):
         core, own = pair_of(gradient)
         maps = [
@@ -57,20 +66,35 @@ def contract(gradient: Gradient, factors: Sequence[Array], skip: int | None = No
     return _ops.multi_mode_product(gradient, factors, transpose=True, skip=skip)
 
 
+def _checked(contraction: Array, factors: Sequence[Array], skip: int | None) -> Array:
+    """Return what a `Contractable` gave, if its dtype and shape are right."""
+    check_like(contraction, factors[0], "gradient.contract(...)")
+    expected = tuple(_ops.shape(u)[0 if mode == skip else 1] for mode, u in enumerate(factors))
+    if _ops.shape(contraction) != expected:
+        raise ShapeError(
+            f"gradient.contract(factors, skip={skip}): expected an array of shape {expected}, "
+            f"got {_ops.shape(contraction)}"
+        )
+    return contraction
+
+
 def check_gradient(gradient: Gradient, point: TuckerPoint) -> None:
-    """Raise ShapeError or BackendError unless the gradient fits the tensor."""
+    """Raise an error unless the gradient fits the tensor and is finite.
+
+    A `Contractable` is checked contraction by contraction.
+    """
     if isinstance(gradient, Contractable):
         return
     if _is_pair(gradient):
-        # A cheap look at the shapes; NaN shows up in the contractions.
-        core, factors = pair_of(gradient)
-        check_like(core, point.core, "gradient.core")
-        got = tuple(_ops.shape(factor)[0] for factor in factors)
+        got = as_point(gradient, "gradient")
+        check_like(got.core, point.core, "gradient.core")
+        shape = got.shape
     else:
         check_like(gradient, point.core, "gradient")
-        got = _ops.shape(gradient)
-    if got != point.shape:
-        raise ShapeError(f"gradient: expected the shape {point.shape} of the tensor, got {got}")
+        check_finite(gradient, "gradient")
+        shape = _ops.shape(gradient)
+    if shape != point.shape:
+        raise ShapeError(f"gradient: expected the shape {point.shape} of the tensor, got {shape}")
 
 
 def _is_pair(gradient: Gradient) -> bool:
@@ -94,17 +118,23 @@ def mode_gradients(point: TuckerPoint, gradient: Gradient) -> list[Array]:
     return unfolded
 
 
-def factor_gradients(point: TuckerPoint, modes: Sequence[Array]) -> list[Array]:
-    """Return ``grad_{U_i} L = G_i Mat_i(C)^T``, of shapes (n_i, r_i)."""
-    return [g @ _ops.unfold(point.core, mode).T for mode, g in enumerate(modes)]
-
-
 def right_bases(core: Array) -> list[Array]:
     """Return the Q_i of ``Mat_i(C)^T = Q_i S_i^T``, of shapes (prod_{j != i} r_j, r_i).
 
     Householder's Q is orthonormal also where the core is rank-deficient.
     """
     return [_ops.qr(_ops.unfold(core, mode).T)[0] for mode in range(len(_ops.shape(core)))]
+
+
+def fold_right(
+    q: Array,  # shape: (prod_{j != i} r_j, k)
+    mode: int,
+    ranks: Sequence[int],
+) -> Array:  # shape: (r_1, ..., k, ..., r_d), k = min(r_i, prod_{j != i} r_j)
+    """Return ``Ten_i(Q_i^T)``; k is below r_i where no tensor has these ranks."""
+    extent = list(ranks)
+    extent[mode] = _ops.shape(q)[1]
+    return _ops.fold(q.T, mode, extent)
 
 
 def augment(point: TuckerPoint, directions: Sequence[Array]) -> TuckerPoint:
@@ -119,7 +149,7 @@ def augment(point: TuckerPoint, directions: Sequence[Array]) -> TuckerPoint:
     point : TuckerPoint
         Factors of shapes (n_i, r_i).
     directions : sequence of arrays, shapes (n_i, k_i)
-        For TDLRT the gradients with respect to the U_i. Their scale does not matter.
+        For TDLRT the gradients with respect to the U_i or the K_i. Their scale does not matter.
 
     Returns
     -------
@@ -140,6 +170,7 @@ def augment(point: TuckerPoint, directions: Sequence[Array]) -> TuckerPoint:
     >>> wide.ranks, np.allclose(gt.to_dense(wide), 1.0)
     ((2, 2), True)
     """
+    point = pair_of(point)
     for mode, direction in enumerate(directions):
         check_finite(direction, f"directions[{mode}]")
     pairs = [extend(u, d) for u, d in zip(point.factors, directions, strict=True)]
@@ -268,7 +299,7 @@ def tangent_to_point(point: Any, tangent: TuckerTangent) -> TuckerPoint:
     True
     """
     point = pair_of(point)
-    blocks = [_ops.fold(q.T, mode, point.ranks) for mode, q in enumerate(right_bases(point.core))]
+    blocks = [fold_right(q, mode, point.ranks) for mode, q in enumerate(right_bases(point.core))]
     pairs = zip(point.factors, tangent.factors, strict=True)
     return TuckerPoint(
         _border(tangent.core, blocks), tuple(_ops.concatenate(pair, 1) for pair in pairs)
@@ -305,6 +336,13 @@ def retract(point: Any, tangent: TuckerTangent, ranks: Any = None) -> TuckerPoin
     -------
     TuckerPoint
 
+    Raises
+    ------
+    RankError
+        If the rule gives unusable ranks.
+    NonFiniteError
+        If point or tangent hold NaN or infinity, or their sum overflows.
+
     References
     ----------
     Kressner, Steinlechner, Vandereycken. Low-rank tensor completion by Riemannian
@@ -318,6 +356,10 @@ def retract(point: Any, tangent: TuckerTangent, ranks: Any = None) -> TuckerPoin
     True
     """
     point = as_point(point)
+    for label, array in zip(
+        labels(point, "tangent"), (tangent.core, *tangent.factors), strict=True
+    ):
+        check_finite(array, label)
     wide = augment(point, tangent.factors)
     core = wide.core + tangent_core(point, wide, tangent)
     rule = as_rule(point.ranks if ranks is None else ranks)

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _ops
-from ._errors import RankError
+from ._errors import RankError, ShapeError
 from ._ops import Array
 from ._ranks import ModeRule, RankRule, Ranks, Spectrum, as_rule, choose, tail_norms
-from ._tensor import TuckerPoint, as_point, check_finite, check_floating
+from ._tensor import TuckerPoint, as_point, check_finite, check_floating, pair_of
 
 __all__ = ["Truncation", "hosvd", "orthonormalise", "round", "st_hosvd", "truncate"]
 
@@ -93,6 +93,8 @@ def truncate(points: Sequence[TuckerPoint], rule: RankRule) -> list[Truncation]:
     ------
     RankError
         If the rule returns unusable ranks.
+    NonFiniteError
+        If a core holds NaN or infinity.
 
     Examples
     --------
@@ -102,6 +104,9 @@ def truncate(points: Sequence[TuckerPoint], rule: RankRule) -> list[Truncation]:
     >>> cut.point.ranks, f"{cut.error_bound:.6f}"
     ((2, 2), '0.001414')
     """
+    points = [pair_of(point) for point in points]
+    for point in points:
+        check_finite(point.core, "core")  # else some backends' SVD fails and some returns NaN
     decomposed = [_decompose(point.core, point.shape) for point in points]
     chosen = choose(rule, [spectrum for spectrum, _ in decomposed])
     return [
@@ -225,8 +230,9 @@ def st_hosvd(tensor: Array, ranks: Any) -> TuckerPoint:
 
     Raises
     ------
-    RankError
-        If the rule needs the spectra of all modes at once.
+    BackendError, NonFiniteError, RankError, ShapeError
+        For arrays and ranks that cannot be used; RankError also if the rule needs the
+        spectra of all modes at once.
 
     References
     ----------
@@ -249,7 +255,14 @@ def st_hosvd(tensor: Array, ranks: Any) -> TuckerPoint:
     core, factors = tensor, []
     for mode in range(len(shape)):
         u, s = _ops.svd(_ops.unfold(core, mode))
-        factors.append(u[:, : rule.mode_rank(_values(s), mode, shape)])
+        values = _values(s)
+        rank = rule.mode_rank(values, mode, shape)
+        if not 1 <= rank <= len(values):
+            raise RankError(
+                f"ranks: expected from 1 to {len(values)} for mode {mode} of a tensor of shape "
+                f"{shape}, got {rank} from {rule}"
+            )
+        factors.append(u[:, :rank])
         core = _ops.mode_product(core, factors[-1], mode, transpose=True)
     return TuckerPoint(*_drop_infeasible(core, factors))
 
@@ -257,5 +270,5 @@ def st_hosvd(tensor: Array, ranks: Any) -> TuckerPoint:
 def _check_tensor(tensor: Array) -> None:
     check_floating(tensor, "tensor")
     if not _ops.shape(tensor):
-        raise RankError("tensor: expected order at least 1, got a scalar")
+        raise ShapeError("tensor: expected order at least 1, got a scalar")
     check_finite(tensor, "tensor")

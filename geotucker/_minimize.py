@@ -10,7 +10,7 @@ from ._hosvd import orthonormalise
 from ._integrators import Integrator, Report, State
 from ._integrators._base import Evaluate
 from ._ranks import as_rule
-from ._tensor import TuckerPoint
+from ._tensor import TuckerPoint, as_point
 
 __all__ = ["Result", "minimize", "when_flat"]
 
@@ -73,9 +73,11 @@ def minimize(
     stop : callable, optional
         From the history so far to True to stop; see `when_flat`.
     callback : callable, optional
-        Called after each step with the new point and the report; stops if it returns True.
+        Called after each step with the new point and the report; stops if it returns a true
+        value.
     state : State, optional
-        Of an earlier result, to go on from there.
+        Of an earlier result, to go on from there exactly; `start` is then that result's point,
+        whose bases the state refers to, and is taken as it is.
     progress : bool
         Show a progress bar (needs the package rich).
 
@@ -105,7 +107,7 @@ def minimize(
     """
     if steps < 0:
         raise ValueError(f"steps: expected a number of at least 0, got {steps}")
-    point = orthonormalise(start)
+    point = orthonormalise(start) if state is None else as_point(start, "start")
     rule = as_rule(point.ranks if ranks is None else ranks)
     state = integrator.init(point) if state is None else state
     history: History = []
@@ -118,13 +120,17 @@ def minimize(
             except NonFiniteError as error:
                 raise NonFiniteError(f"step {number}: {error}") from error
             history.append(report)
-            if callback is not None and callback(point, report) is True:
+            if callback is not None and callback(point, report):
                 stopped = "callback"
                 break
             if stop is not None and stop(history):
                 stopped = "stop"
                 break
     loss = float(objective(point)[0])
+    try:
+        _check_loss(loss)
+    except NonFiniteError as error:
+        raise NonFiniteError(f"after {len(history)} steps: {error}") from None
     return Result(point, loss, history, state, stopped)
 
 

@@ -59,7 +59,7 @@ _HALF = {"float16", "bfloat16"}
 def _name_of(kind: type) -> str:
     for base in kind.__mro__:
         name = _BACKENDS.get(base.__module__.partition(".")[0])
-        if name is not None:
+        if name is not None and hasattr(kind, "dtype"):  # torch.nn.Module is no array
             return name
     raise BackendError(
         f"expected an array of NumPy, PyTorch, JAX or CuPy, got {kind.__module__}.{kind.__name__}; "
@@ -159,7 +159,7 @@ def max_abs(array: Array, axis: int | None = None) -> Array:
     backend = _backend(array)
     if axis is not None:
         return backend.max(backend.abs(array), axis=axis)
-    return float(backend.max(backend.abs(array)))
+    return float(backend.max(backend.abs(array)).item())
 
 
 def norm(array: Array) -> float:
@@ -169,12 +169,12 @@ def norm(array: Array) -> float:
         return largest
     backend = _backend(array)
     scaled = array / largest
-    return largest * math.sqrt(float(backend.sum(scaled * scaled)))
+    return largest * math.sqrt(backend.sum(scaled * scaled).item())
 
 
 def vdot(a: Array, b: Array) -> float:
     """Euclidean inner product of two arrays of one shape."""
-    return float(_backend(a).sum(a * b))
+    return float(_backend(a).sum(a * b).item())
 
 
 def to_numpy(array: Array) -> "np.ndarray[Any, np.dtype[Any]]":

@@ -102,10 +102,12 @@ class Tolerance(ModeRule):
         """Check the settings."""
         if not 0.0 <= self.tau < 1.0:
             raise RankError(f"tau: expected a number in [0, 1), got {self.tau}")
-        if self.floor < 1:
+        if not _is_count(self.floor):
             raise RankError(f"floor: expected a positive integer, got {self.floor}")
-        if self.cap is not None and self.cap < self.floor:
-            raise RankError(f"cap: expected at least floor = {self.floor}, got {self.cap}")
+        if self.cap is not None and not (_is_count(self.cap) and self.cap >= self.floor):
+            raise RankError(
+                f"cap: expected an integer of at least floor = {self.floor}, got {self.cap}"
+            )
 
     def mode_rank(
         self,
@@ -230,7 +232,7 @@ def as_rule(ranks: Any) -> RankRule:
         return Fixed(ranks)  # type: ignore[arg-type]
     if isinstance(ranks, (tuple, list)):
         return Fixed(tuple(ranks))
-    if callable(ranks):
+    if callable(ranks) and not isinstance(ranks, type):
         return ranks  # type: ignore[no-any-return]
     raise RankError(
         "ranks: expected a rank rule such as Tolerance(0.1), an integer, a fraction or a tuple "

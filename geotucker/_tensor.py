@@ -121,6 +121,19 @@ def as_point(pair: Any, name: str = "point") -> TuckerPoint:
     >>> gt.as_point((np.ones((1, 1)), [np.ones((3, 1)), np.ones((2, 1))])).shape
     (3, 2)
     """
+    point = as_fitting(pair, name)
+    for part, array in zip(labels(point, name), (point.core, *point.factors), strict=True):
+        check_finite(array, part)
+    return point
+
+
+def as_fitting(pair: Any, name: str = "point") -> TuckerPoint:
+    """Check all that `as_point` checks but that the entries are finite."""
+    if isinstance(pair, TuckerTangent):
+        raise ShapeError(
+            f"{name}: expected a Tucker tensor, got a tangent vector in its own coordinates; "
+            "write it as a tensor with geotucker.tangent_to_point"
+        )
     try:
         core, factors = pair
         factors = tuple(factors)
@@ -128,7 +141,6 @@ def as_point(pair: Any, name: str = "point") -> TuckerPoint:
         raise ShapeError(
             f"{name}: expected a pair (core, factors), got {type(pair).__name__}"
         ) from error
-    point = TuckerPoint(core, factors)
     check_floating(core, f"{name}.core")
     ranks = _ops.shape(core)
     if len(ranks) != len(factors) or not ranks:
@@ -144,9 +156,7 @@ def as_point(pair: Any, name: str = "point") -> TuckerPoint:
                 f"{name}.factors[{i}]: expected shape (n, {ranks[i]}) to fit the core of shape "
                 f"{ranks}, got {got}"
             )
-    for part, array in zip(labels(point, name), (core, *factors), strict=True):
-        check_finite(array, part)
-    return point
+    return TuckerPoint(core, factors)
 
 
 def labels(point: TuckerPoint, name: str) -> list[str]:
@@ -190,8 +200,9 @@ def check_finite(array: Array, name: str) -> None:
         )
 
 
-def check_same_shape(a: TuckerPoint, b: TuckerPoint) -> None:
-    """Raise ShapeError unless both stand for tensors of one shape."""
+def check_alike(a: TuckerPoint, b: TuckerPoint) -> None:
+    """Raise an error unless both stand for tensors of one shape, library and dtype."""
+    check_like(b.core, a.core, "b")
     if a.shape != b.shape:
         raise ShapeError(f"b: expected a tensor of shape {a.shape} as a, got {b.shape}")
 
@@ -199,13 +210,18 @@ def check_same_shape(a: TuckerPoint, b: TuckerPoint) -> None:
 def to_dense(point: Any) -> Array:
     """Return the full array ``core x_1 U_1 ... x_d U_d`` of shape (n_1, ..., n_d).
 
+    Raises
+    ------
+    ShapeError, BackendError
+        If it is no ``(core, factors)``, as for `as_point`; NaN and infinity go through.
+
     Examples
     --------
     >>> import numpy as np, geotucker as gt
     >>> gt.to_dense((np.full((1, 1), 2.0), [np.ones((2, 1)), np.ones((1, 1))])).tolist()
     [[2.0], [2.0]]
     """
-    core, factors = pair_of(point)
+    core, factors = as_fitting(point)
     return _ops.multi_mode_product(core, factors)
 
 
@@ -225,6 +241,8 @@ def inner(a: Any, b: Any) -> float:
     ------
     ShapeError
         If the tensors differ in shape.
+    BackendError
+        If they differ in library or dtype.
 
     Examples
     --------
@@ -234,7 +252,7 @@ def inner(a: Any, b: Any) -> float:
     6.0
     """
     a, b = as_point(a, "a"), as_point(b, "b")
-    check_same_shape(a, b)
+    check_alike(a, b)
     grams = [ub.T @ ua for ua, ub in zip(a.factors, b.factors, strict=True)]
     return _ops.vdot(_ops.multi_mode_product(a.core, grams), b.core)
 
@@ -259,6 +277,11 @@ def norm(point: Any) -> float:
 def scale(point: Any, number: float) -> TuckerPoint:
     """Return ``number * W``; only the core is touched.
 
+    Raises
+    ------
+    NonFiniteError
+        If the product is not finite.
+
     Examples
     --------
     >>> import numpy as np, geotucker as gt
@@ -266,7 +289,10 @@ def scale(point: Any, number: float) -> TuckerPoint:
     [3.0]
     """
     point = as_point(point)
-    return TuckerPoint(point.core * number, point.factors)
+    # float(): NumPy's own float64 scalars would turn a float32 core into a float64 one.
+    core = point.core * float(number)
+    check_finite(core, "number * core")
+    return TuckerPoint(core, point.factors)
 
 
 def add(a: Any, b: Any) -> TuckerPoint:
@@ -279,6 +305,8 @@ def add(a: Any, b: Any) -> TuckerPoint:
     ------
     ShapeError
         If the tensors differ in shape.
+    BackendError
+        If they differ in library or dtype.
 
     Examples
     --------
@@ -288,8 +316,7 @@ def add(a: Any, b: Any) -> TuckerPoint:
     ((2, 2), 2.0)
     """
     a, b = as_point(a, "a"), as_point(b, "b")
-    check_same_shape(a, b)
-    check_like(b.core, a.core, "b.core")
+    check_alike(a, b)
     ranks = [p + q for p, q in zip(a.ranks, b.ranks, strict=True)]
     core = pad(a.core, ranks) + pad(b.core, ranks, front=True)
     pairs = zip(a.factors, b.factors, strict=True)

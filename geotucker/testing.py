@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import _ops
+from ._errors import RankError
 from ._geometry import contract
 from ._hosvd import orthonormalise
 from ._tensor import TuckerPoint, as_point, feasible
@@ -42,12 +43,19 @@ def random_point(
     -------
     TuckerPoint
 
+    Raises
+    ------
+    RankError
+        If a rank is above its dimension.
+
     Examples
     --------
     >>> from geotucker.testing import random_point
     >>> random_point((4, 5), (2, 2)).ranks
     (2, 2)
     """
+    if any(r > n for n, r in zip(shape, ranks, strict=True)):
+        raise RankError(f"ranks: expected at most the shape {tuple(shape)}, got {tuple(ranks)}")
     rng = np.random.default_rng(seed)
     core = rng.standard_normal(tuple(ranks))
     if singular_values is not None:

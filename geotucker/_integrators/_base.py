@@ -18,7 +18,7 @@ from .._hosvd import truncate
 from .._moments import lift, rotate
 from .._ops import Array
 from .._ranks import RankRule
-from .._tensor import TuckerPoint, check_finite
+from .._tensor import TuckerPoint, check_finite, check_like, pair_of
 
 __all__ = ["CoreScheme", "Euler", "Evaluate", "HeavyBall", "Report", "State", "StepResult"]
 
@@ -140,7 +140,7 @@ class HeavyBall:
         self, core: Array, gradient: Array, lr: float, moments: tuple[Array, ...]
     ) -> tuple[Array, tuple[Array, ...]]:
         """Take the step."""
-        velocity = self.momentum * moments[0] + gradient
+        velocity = float(self.momentum) * moments[0] + gradient
         return core - lr * velocity, (velocity,)
 
 
@@ -186,11 +186,14 @@ class OneStep:
     def init(self, point: TuckerPoint) -> State:
         """Return the state before the first step."""
         init = getattr(self.scheme, "init", None)
-        return State(0, init(point.core) if init is not None else ())
+        return State(0, init(pair_of(point).core) if init is not None else ())
 
     def rate(self, state: State) -> float:
-        """Return the step size of the coming step."""
-        return self.lr(state.step) if callable(self.lr) else self.lr
+        """Return the step size of the coming step.
+
+        As a Python float: NumPy's own float64 scalars would make float32 arrays float64.
+        """
+        return float(self.lr(state.step) if callable(self.lr) else self.lr)
 
 
 def finish(
@@ -205,6 +208,7 @@ def finish(
     check_finite(gradient, "gradient")
     moments = tuple(lift(moment, wide.ranks) for moment in state.moments)
     core, moments = settings.scheme(wide.core, gradient, settings.rate(state), moments)
+    check_like(core, wide.core, "core after the step")
     check_finite(core, "core after the step")
     (cut,) = truncate([TuckerPoint(core, wide.factors)], ranks)
     moments = tuple(rotate(moment, cut.rotations) for moment in moments)

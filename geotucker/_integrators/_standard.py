@@ -1,12 +1,12 @@
 """The standard integrator of Theorem 2.1 with d + 1 gradients: the reference for the others."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .. import _geometry as geometry
 from .. import _ops
 from .._ops import Array
 from .._ranks import RankRule
-from .._tensor import TuckerPoint, check_finite
+from .._tensor import TuckerPoint, check_finite, pair_of
 from ._base import Evaluate, OneStep, State, StepResult, finish
 
 __all__ = ["Standard"]
@@ -73,7 +73,7 @@ class Standard(OneStep):
         NonFiniteError
             If a gradient or the new core is not finite.
         """
-        rate = self.rate(state)
+        point, rate = pair_of(point), self.rate(state)
         forms = [_k_form(point, mode) for mode in range(point.order)]
         evaluated = [evaluate(form) for form in forms]
         ends = [
@@ -88,7 +88,8 @@ class Standard(OneStep):
             wide, state = _rebase(point, ends, state)
         core_gradient = geometry.contract(evaluate(wide)[1], wide.factors)
         measured = (float(loss), norm, point.order + 1)
-        return finish(self, wide, core_gradient, state, ranks, measured)
+        fixed = replace(self, lr=rate)  # a schedule is asked once a step
+        return finish(fixed, wide, core_gradient, state, ranks, measured)
 
 
 def _k_form(point: TuckerPoint, mode: int) -> TuckerPoint:
@@ -97,7 +98,7 @@ def _k_form(point: TuckerPoint, mode: int) -> TuckerPoint:
     q, _ = _ops.qr(unfolded.T)
     k = point.factors[mode] @ (unfolded @ q)
     factors = tuple(k if i == mode else u for i, u in enumerate(point.factors))
-    return TuckerPoint(_ops.fold(q.T, mode, point.ranks), factors)
+    return TuckerPoint(geometry.fold_right(q, mode, point.ranks), factors)
 
 
 def _k_gradient(form: TuckerPoint, mode: int, gradient: geometry.Gradient) -> Array:

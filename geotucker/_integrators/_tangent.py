@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from .. import _geometry as geometry
 from .._ranks import RankRule
-from .._tensor import TuckerPoint
+from .._tensor import TuckerPoint, pair_of
 from ._base import Evaluate, OneStep, State, StepResult, finish
 
 __all__ = ["Tangent"]
@@ -62,6 +62,7 @@ class Tangent(OneStep):
         NonFiniteError
             If the gradient or the new core is not finite.
         """
+        point = pair_of(point)
         loss, gradient = evaluate(point)
         tangent = geometry.project(point, gradient)
         wide = geometry.augment(point, tangent.factors)

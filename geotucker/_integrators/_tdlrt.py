@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from .. import _geometry as geometry
 from .._ranks import RankRule
-from .._tensor import TuckerPoint
+from .._tensor import TuckerPoint, pair_of
 from ._base import Evaluate, OneStep, State, StepResult, finish
 
 __all__ = ["TDLRT"]
@@ -14,11 +14,15 @@ __all__ = ["TDLRT"]
 class TDLRT(OneStep):
     """Geometry-aware, rank-adaptive step of Algorithm 1 (Zangrando et al., NeurIPS 2024).
 
-    1. ``grad_{U_i} L`` in every mode (Corollary 2.2: they span, with U_i, what the K-steps of
-       Theorem 2.1 would span);
-    2. ``Uhat_i = orth[U_i | grad_{U_i} L]``, core padded with zeros;
+    1. ``grad_{K_i} L = G_i Q_i`` in every mode;
+    2. ``Uhat_i = orth[U_i | grad_{K_i} L]``, core padded with zeros;
     3. one step of the scheme on the core with ``grad_C L = Z x_i Uhat_i^T``;
     4. HOSVD truncation by the rank rule.
+
+    The paper has ``grad_{U_i} L = G_i Mat_i(C)^T`` in 1 and 2, which spans the same with U_i
+    (Corollary 2.2) where the core has full rank. But it scales each direction by a singular
+    value: small ones drown in rounding, and at the ends of the exponent range the product of
+    core and gradient over- or underflows. An explicit Z gives the G_i, so G_i Q_i costs no more.
 
     Step 2 leaves W unchanged, so that an explicit ambient gradient Z serves both steps and is
     asked for once. With fixed ranks the rule cuts back to them.
@@ -64,9 +68,10 @@ class TDLRT(OneStep):
         NonFiniteError
             If the gradient or the new core is not finite.
         """
+        point = pair_of(point)
         loss, gradient = evaluate(point)
-        modes = geometry.mode_gradients(point, gradient)
-        norm = geometry.norm_tangent(geometry.project_modes(point, modes))
-        wide = geometry.augment(point, geometry.factor_gradients(point, modes))
+        tangent = geometry.project(point, gradient)
+        wide = geometry.augment(point, tangent.factors)
         wide_gradient = geometry.contract(gradient, wide.factors)
+        norm = geometry.norm_tangent(tangent)
         return finish(self, wide, wide_gradient, state, ranks, (float(loss), norm, 1))
