@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 import geotucker as gt
 
@@ -9,12 +10,7 @@ from .cases import step
 from .test_backends import INTEGRATORS, arrays_in
 
 
-@pytest.fixture
-def torch(self):
-    return pytest.importorskip("torch", reason="PyTorch is not installed")
-
-
-def parameters(torch):
+def parameters():
     """Return a point of Parameters in float64."""
     core, factors = gt.testing.random_point((5, 4), (2, 2))
     wrap = torch.nn.Parameter
@@ -22,8 +18,8 @@ def parameters(torch):
 
 
 @pytest.mark.parametrize("integrator", INTEGRATORS)
-def test_parameters_work_without_a_graph(torch, integrator):
-    pair = parameters(torch)
+def test_parameters_work_without_a_graph(integrator):
+    pair = parameters()
     plain = gt.TuckerPoint(pair[0].data, tuple(u.data for u in pair[1]))
     z = torch.ones(5, 4, dtype=torch.float64, requires_grad=True)
     with torch.no_grad():
@@ -37,18 +33,18 @@ def test_parameters_work_without_a_graph(torch, integrator):
     assert all(parameter.grad is None for parameter in (pair[0], *pair[1]))
 
 
-def test_numbers_come_without_warnings(torch):
+def test_numbers_come_without_warnings():
     # float() of a tensor that requires grad warns; warnings are errors here.
-    pair = parameters(torch)
+    pair = parameters()
     assert gt.norm(pair) == pytest.approx(np.sqrt(gt.inner(pair, pair)))
 
 
-def test_zeros_of_a_scheme_need_no_gradient(torch):
-    (velocity,) = gt.HeavyBall().init(parameters(torch)[0])
+def test_zeros_of_a_scheme_need_no_gradient():
+    (velocity,) = gt.HeavyBall().init(parameters()[0])
     assert not velocity.requires_grad
 
 
-def test_dtype_and_default_are_kept(torch):
+def test_dtype_and_default_are_kept():
     assert torch.get_default_dtype() == torch.float32
     point = gt.hosvd(torch.ones(3, 4, dtype=torch.float64), 2)
     assert point.core.dtype == torch.float64

@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 
 import geotucker as gt
 
@@ -245,6 +246,5 @@ def test_libraries_do_not_mix(backend):
 
 
 def test_a_module_is_no_array():
-    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     with pytest.raises(gt.BackendError, match=r"got torch\.nn\.modules\.linear\.Linear"):
         gt.hosvd(torch.nn.Linear(2, 2), 1)
