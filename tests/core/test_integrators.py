@@ -205,3 +205,15 @@ def test_a_plain_function_is_a_scheme(backend, integrator):
     got, expected = (step(integrator(LR, s), point, objective, 2) for s in (euler, gt.Euler()))
     assert_close(case.dense(got.point), case.dense(expected.point), 1e-14)
     assert got.state == gt.State(1, ())
+
+
+def test_flow_of_one_substep_is_a_tangent_step_with_its_moments():
+    point, rule = gt.testing.random_point((4, 5), (2, 2)), gt.Fixed(2)
+
+    def objective(w):
+        return 0.0, gt.to_dense(w) - 1.0
+
+    tangent, flow = gt.Tangent(0.1, gt.HeavyBall()), gt.Flow(0.1, gt.HeavyBall(), substeps=1)
+    first = tangent.step(point, objective, tangent.init(point), rule)
+    moved = [scheme.step(first.point, objective, first.state, rule) for scheme in (tangent, flow)]
+    np.testing.assert_allclose(*[gt.to_dense(result.point) for result in moved], atol=1e-13)
