@@ -30,16 +30,31 @@ from ._integrators import (
     Tangent,
 )
 from ._minimize import Result, minimize, when_flat
-from ._ranks import Fixed, ModeRule, RankRule, Spectrum, Tolerance, as_rule
+from ._ranks import (
+    Budget,
+    Cost,
+    DescentSafe,
+    Facts,
+    Fixed,
+    ModeRule,
+    RankRule,
+    Spectrum,
+    Tolerance,
+    as_rule,
+)
 from ._tensor import TuckerPoint, TuckerTangent, add, as_point, inner, norm, scale, to_dense
 from ._version import __version__
 
 __all__ = [
     "TDLRT",
     "BackendError",
+    "Budget",
     "Contractable",
     "CoreScheme",
+    "Cost",
+    "DescentSafe",
     "Euler",
+    "Facts",
     "Fixed",
     "Flow",
     "GeotuckerError",

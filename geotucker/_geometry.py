@@ -137,6 +137,37 @@ def fold_right(
     return _ops.fold(q.T, mode, extent)
 
 
+def gauge(core: Array, mode: int) -> tuple[Array, Array]:
+    """Write ``C = Ten_i(Q_i^T) x_i S_i``, with orthonormal rows in the unfolding of the first.
+
+    Then ``K_i = U_i S_i`` and the gradient with respect to K_i is ``G_i Q_i``, whatever the
+    singular values of the core (Theorem 2.1 of arXiv:2305.19059).
+
+    Parameters
+    ----------
+    core : array, shape (r_1, ..., r_d)
+    mode : int
+
+    Returns
+    -------
+    gauged : array, shape (r_1, ..., k, ..., r_d), k = min(r_i, prod_{j != i} r_j)
+        ``Ten_i(Q_i^T)``.
+    s : array, shape (r_i, k)
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from geotucker._geometry import gauge
+    >>> core = np.array([[3.0, 4.0], [0.0, 1e-12]])
+    >>> gauged, s = gauge(core, 0)
+    >>> np.allclose(gauged @ gauged.T, np.eye(2)), np.allclose(s @ gauged, core, atol=1e-15)
+    (True, True)
+    """
+    unfolded = _ops.unfold(core, mode)
+    q, _ = _ops.qr(unfolded.T)
+    return fold_right(q, mode, _ops.shape(core)), unfolded @ q
+
+
 def augment(point: TuckerPoint, directions: Sequence[Array]) -> TuckerPoint:
     """Widen the bases by new directions; the tensor does not change.
 
@@ -184,17 +215,37 @@ def extend(
 ) -> tuple[Array, Array]:  # shapes: (n, m) and (m, r), m = min(n, r + k)
     """Return orthonormal Q with ``basis = Q R``, the rest of Q from `directions`.
 
-    QR of ``[basis | directions]`` as a whole: orthonormalising the directions apart would
-    leave columns that are not orthogonal to the basis. They are scaled, so that neither huge
-    nor tiny ones spoil the reflections.
+    The directions are scaled, so that neither huge nor tiny ones spoil the reflections, and
+    projected twice on the complement of the basis before the QR ("twice is enough", Giraud et
+    al. 2005). Where they are dependent, Householder's Q completes them by columns that need not
+    be orthogonal to the basis; then ``[basis | directions]`` is decomposed as a whole.
     """
     n, r = _ops.shape(basis)
     directions = directions[:, : n - r]
-    columns = [basis]
-    if n > r and _ops.shape(directions)[1]:
-        largest = _ops.max_abs(directions, axis=0)
-        columns.append(directions / (largest + (largest == 0)))
-    q, triangle = _ops.qr(_ops.concatenate(columns, 1))
+    if not _ops.shape(directions)[1]:
+        return _decompose_whole(basis, directions)
+    new = _scaled(directions)
+    for _ in range(2):
+        new = new - basis @ (basis.T @ new)
+    new, _ = _ops.qr(_scaled(new))
+    q = _ops.concatenate([basis, new], 1)
+    identity = _ops.eye(_ops.shape(q)[1], like=basis)
+    # A basis that has drifted by rounding, too, goes the long way and comes out orthonormal.
+    if not _ops.max_abs(q.T @ q - identity) <= 4 * math.sqrt(n) * _ops.eps(basis):
+        return _decompose_whole(basis, _scaled(directions))
+    return q, identity[:, :r]
+
+
+def _scaled(columns: Array) -> Array:
+    """Scale columns to a largest entry of one; zero ones stay."""
+    largest = _ops.max_abs(columns, axis=0)
+    return columns / (largest + (largest == 0))
+
+
+def _decompose_whole(basis: Array, directions: Array) -> tuple[Array, Array]:
+    """QR of ``[basis | directions]``, signs chosen such that the basis leads."""
+    r = _ops.shape(basis)[1]
+    q, triangle = _ops.qr(_ops.concatenate([basis, directions], 1))
     triangle = triangle[:, :r]
     # Signs, so that the leading columns are the old basis and moments need no rotation.
     signs = _ops.sign(_ops.diagonal(triangle))

@@ -9,7 +9,7 @@ import numpy as np
 from . import _ops
 from ._errors import RankError, ShapeError
 from ._ops import Array
-from ._ranks import ModeRule, RankRule, Ranks, Spectrum, as_rule, choose, tail_norms
+from ._ranks import Facts, ModeRule, RankRule, Ranks, Spectrum, as_rule, choose, tail_norms
 from ._tensor import TuckerPoint, as_point, check_finite, check_floating, pair_of
 
 __all__ = ["Truncation", "hosvd", "orthonormalise", "round", "st_hosvd", "truncate"]
@@ -62,17 +62,20 @@ def orthonormalise(point: Any) -> TuckerPoint:
     return TuckerPoint(core, tuple(q for q, _ in pairs))
 
 
-def _decompose(core: Array, shape: tuple[int, ...]) -> tuple[Spectrum, list[Array]]:
+def _decompose(core: Array, shape: tuple[int, ...], facts: Facts) -> tuple[Spectrum, list[Array]]:
     """Return the singular values and left singular vectors of each unfolding of the core."""
     pairs = [_ops.svd(_ops.unfold(core, mode)) for mode in range(len(shape))]
-    return Spectrum(shape, tuple(_values(s) for _, s in pairs)), [u for u, _ in pairs]
+    values = tuple(_values(s) for _, s in pairs)
+    return Spectrum(shape, values, _ops.itemsize(core), facts), [u for u, _ in pairs]
 
 
 def _values(s: Array) -> "np.ndarray[Any, np.dtype[Any]]":
     return _ops.to_numpy(s).astype(np.float64)
 
 
-def truncate(points: Sequence[TuckerPoint], rule: RankRule) -> list[Truncation]:
+def truncate(
+    points: Sequence[TuckerPoint], rule: RankRule, facts: Sequence[Facts] | None = None
+) -> list[Truncation]:
     """Truncate orthonormal points by the HOSVD of their cores, ranks chosen for all at once.
 
     This is the last phase of Algorithm 1 (arXiv:2305.19059, lines 10-14): the P_i are the
@@ -84,6 +87,8 @@ def truncate(points: Sequence[TuckerPoint], rule: RankRule) -> list[Truncation]:
         With orthonormal factors (not checked).
     rule : RankRule
         Sees the spectra of all points together.
+    facts : sequence of Facts, optional
+        What else the rule is told, one for each point: some rules need it.
 
     Returns
     -------
@@ -92,7 +97,7 @@ def truncate(points: Sequence[TuckerPoint], rule: RankRule) -> list[Truncation]:
     Raises
     ------
     RankError
-        If the rule returns unusable ranks.
+        If the rule returns unusable ranks, or there is not one of `facts` for each point.
     NonFiniteError
         If a core holds NaN or infinity.
 
@@ -107,7 +112,13 @@ def truncate(points: Sequence[TuckerPoint], rule: RankRule) -> list[Truncation]:
     points = [pair_of(point) for point in points]
     for point in points:
         check_finite(point.core, "core")  # else some backends' SVD fails and some returns NaN
-    decomposed = [_decompose(point.core, point.shape) for point in points]
+    facts = [Facts()] * len(points) if facts is None else facts
+    if len(facts) != len(points):
+        raise RankError(f"facts: expected one for each of {len(points)} points, got {len(facts)}")
+    decomposed = [
+        _decompose(point.core, point.shape, known)
+        for point, known in zip(points, facts, strict=True)
+    ]
     chosen = choose(rule, [spectrum for spectrum, _ in decomposed])
     return [
         _cut(point, ranks, spectrum, vectors)
@@ -207,7 +218,7 @@ def hosvd(tensor: Array, ranks: Any) -> TuckerPoint:
     ((2, 2, 2), True)
     """
     _check_tensor(tensor)
-    spectrum, vectors = _decompose(tensor, _ops.shape(tensor))
+    spectrum, vectors = _decompose(tensor, _ops.shape(tensor), Facts())
     (chosen,) = choose(as_rule(ranks), [spectrum])
     return TuckerPoint(*_rotate(tensor, vectors, chosen))
 

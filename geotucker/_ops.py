@@ -24,8 +24,11 @@ __all__ = [
     "concatenate",
     "diagonal",
     "dtype_name",
+    "eps",
+    "eye",
     "fold",
     "is_real_floating",
+    "itemsize",
     "like",
     "max_abs",
     "mode_product",
@@ -50,7 +53,8 @@ Array: TypeAlias = Any
 # Top-level module of the array's class -> TensorLy's name for it.
 _BACKENDS = {"numpy": "numpy", "torch": "pytorch", "jax": "jax", "jaxlib": "jax", "cupy": "cupy"}
 
-_REAL = {"float16", "bfloat16", "float32", "float64"}
+_EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
+_REAL = set(_EPS)
 # LAPACK has no half precision: QR and SVD of these run in float32.
 _HALF = {"float16", "bfloat16"}
 
@@ -100,6 +104,11 @@ def is_real_floating(array: Array) -> bool:
     return dtype_name(array) in _REAL
 
 
+def itemsize(array: Array) -> int:
+    """Return the bytes that one entry takes."""
+    return int(array.dtype.itemsize)
+
+
 def shape(array: Array) -> tuple[int, ...]:
     """Return the shape as a tuple of Python integers."""
     return tuple(int(n) for n in array.shape)
@@ -133,6 +142,19 @@ def zeros(new_shape: Sequence[int], like: Array) -> Array:
     return backend.zeros(tuple(new_shape), **context)
 
 
+def eye(size: int, like: Array) -> Array:
+    """Return the identity matrix with the library, dtype and device of `like`."""
+    backend = _backend(like)
+    context = backend.context(like)
+    context.pop("requires_grad", None)
+    return backend.eye(size, **context)
+
+
+def eps(array: Array) -> float:
+    """Return the distance from 1 to the next number of the array's dtype."""
+    return _EPS[dtype_name(array)]
+
+
 def sign(array: Array) -> Array:
     """Entry-wise sign."""
     return _backend(array).sign(array)
@@ -152,13 +174,15 @@ def like(values: Any, reference: Array) -> Array:
 
 
 def max_abs(array: Array, axis: int | None = None) -> Array:
-    """Largest magnitude, along an axis or (as a Python float) of all entries.
+    """Largest magnitude, along an axis or (as a Python float, 0 for none) of all entries.
 
     NaN propagates on every backend, so a finite result proves that every entry is finite.
     """
     backend = _backend(array)
     if axis is not None:
         return backend.max(backend.abs(array), axis=axis)
+    if 0 in shape(array):
+        return 0.0
     return float(backend.max(backend.abs(array)).item())
 
 

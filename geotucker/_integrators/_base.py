@@ -8,6 +8,7 @@ Every integrator here is the same four phases and differs in the first two only:
 4. truncation to the ranks that a rule chooses.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeAlias
@@ -17,7 +18,7 @@ from .._geometry import Gradient
 from .._hosvd import truncate
 from .._moments import lift, rotate
 from .._ops import Array
-from .._ranks import RankRule
+from .._ranks import Facts, RankRule, Ranks, in_force
 from .._tensor import TuckerPoint, check_finite, check_like, pair_of
 
 __all__ = ["CoreScheme", "Euler", "Evaluate", "HeavyBall", "Report", "State", "StepResult"]
@@ -202,6 +203,7 @@ def finish(
     gradient: Array,  # with respect to the core of `wide`
     state: State,
     ranks: RankRule,
+    previous: Ranks,  # before the bases were extended
     measured: tuple[float, float, int],  # loss, gradient norm, evaluations
 ) -> StepResult:
     """Phases 3 and 4: one step of the scheme on the wide core, then truncation."""
@@ -210,8 +212,17 @@ def finish(
     core, moments = settings.scheme(wide.core, gradient, settings.rate(state), moments)
     check_like(core, wide.core, "core after the step")
     check_finite(core, "core after the step")
-    (cut,) = truncate([TuckerPoint(core, wide.factors)], ranks)
+    facts = Facts(previous, _allowance(gradient, core - wide.core))
+    rule = in_force(ranks, state.step)
+    (cut,) = truncate([TuckerPoint(core, wide.factors)], rule, [facts])
     moments = tuple(rotate(moment, cut.rotations) for moment in moments)
     loss, gradient_norm, evaluations = measured
     report = Report(loss, gradient_norm, cut.point.ranks, cut.error_bound, evaluations)
     return StepResult(cut.point, State(state.step + 1, moments), report)
+
+
+def _allowance(gradient: Array, step: Array) -> float:
+    """Return ``max(0, -<gradient, step>) / ||gradient||``: see `Facts`."""
+    norm = _ops.norm(gradient)
+    descent = -_ops.vdot(gradient / norm, step) if norm > 0.0 else 0.0
+    return max(descent, 0.0) if math.isfinite(descent) else 0.0  # a huge core may overflow

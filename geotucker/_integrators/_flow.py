@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .._ranks import RankRule
+from .._ranks import RankRule, in_force
 from .._tensor import TuckerPoint
 from ._base import Evaluate, OneStep, State, StepResult
 from ._tangent import Tangent
@@ -58,7 +58,7 @@ class Flow(OneStep):
         bounds of all truncations.
         """
         small = Tangent(self.rate(state) / self.substeps, self.scheme)
-        inner = State(0, state.moments)
+        inner, ranks = State(0, state.moments), in_force(ranks, state.step)
         first = result = small.step(point, evaluate, inner, ranks)
         bound = first.report.error_bound
         for _ in range(self.substeps - 1):

@@ -89,16 +89,14 @@ class Standard(OneStep):
         core_gradient = geometry.contract(evaluate(wide)[1], wide.factors)
         measured = (float(loss), norm, point.order + 1)
         fixed = replace(self, lr=rate)  # a schedule is asked once a step
-        return finish(fixed, wide, core_gradient, state, ranks, measured)
+        return finish(fixed, wide, core_gradient, state, ranks, point.ranks, measured)
 
 
 def _k_form(point: TuckerPoint, mode: int) -> TuckerPoint:
     """Write the same tensor as ``Ten_i(Q_i^T) x_{j != i} U_j x_i K_i``."""
-    unfolded = _ops.unfold(point.core, mode)
-    q, _ = _ops.qr(unfolded.T)
-    k = point.factors[mode] @ (unfolded @ q)
-    factors = tuple(k if i == mode else u for i, u in enumerate(point.factors))
-    return TuckerPoint(geometry.fold_right(q, mode, point.ranks), factors)
+    gauged, s = geometry.gauge(point.core, mode)
+    factors = tuple(u @ s if i == mode else u for i, u in enumerate(point.factors))
+    return TuckerPoint(gauged, factors)
 
 
 def _k_gradient(form: TuckerPoint, mode: int, gradient: geometry.Gradient) -> Array:

@@ -68,4 +68,4 @@ class Tangent(OneStep):
         wide = geometry.augment(point, tangent.factors)
         wide_gradient = geometry.tangent_core(point, wide, tangent)
         norm = geometry.norm_tangent(tangent)
-        return finish(self, wide, wide_gradient, state, ranks, (float(loss), norm, 1))
+        return finish(self, wide, wide_gradient, state, ranks, point.ranks, (float(loss), norm, 1))

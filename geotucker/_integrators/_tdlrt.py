@@ -74,4 +74,4 @@ class TDLRT(OneStep):
         wide = geometry.augment(point, tangent.factors)
         wide_gradient = geometry.contract(gradient, wide.factors)
         norm = geometry.norm_tangent(tangent)
-        return finish(self, wide, wide_gradient, state, ranks, (float(loss), norm, 1))
+        return finish(self, wide, wide_gradient, state, ranks, point.ranks, (float(loss), norm, 1))

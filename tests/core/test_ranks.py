@@ -114,6 +114,46 @@ def test_floor_and_cap():
     assert gt.st_hosvd(tensor, gt.Tolerance(0.0, cap=3)).ranks == (3, 3, 3)
 
 
+@given(
+    values=st.lists(st.floats(0.0, 1e3), min_size=2, max_size=8),
+    tau=st.floats(0.0, 0.99),
+    hysteresis=st.floats(0.0, 0.99),
+    data=st.data(),
+)
+def test_a_mode_shrinks_only_with_a_margin(values, tau, hysteresis, data):
+    values, shape = descending(*values), (9, 9, 9)
+    previous = data.draw(st.integers(1, len(values)))
+    rule = gt.Tolerance(tau, hysteresis=hysteresis)
+    without = rule.mode_rank(values, 1, shape)
+    rank = rule.mode_rank(values, 1, shape, previous)
+    allowed = tau * np.linalg.norm(values) / math.sqrt(3)
+    assert np.linalg.norm(values[rank:]) <= allowed * (1 + 1e-12)  # the bound holds
+    if without >= previous:
+        assert rank == without
+    else:
+        assert without <= rank <= previous
+        tails = [np.linalg.norm(values[r:]) for r in range(1, len(values) + 1)]
+        if rank < previous:
+            assert tails[rank - 1] <= (1 - hysteresis) * allowed * (1 + 1e-12)
+        if rank > 1:
+            assert tails[rank - 2] >= (1 - hysteresis) * allowed * (1 - 1e-12)
+
+
+def test_hysteresis_keeps_what_hovers_at_the_threshold():
+    values = descending(10.0, 1.0, 0.68)  # 0.1 of the norm / sqrt(2) is 0.7128
+    rule = gt.Tolerance(0.1, hysteresis=0.1)
+    assert rule.mode_rank(values, 0, (9, 9)) == 2
+    assert rule.mode_rank(values, 0, (9, 9), previous=2) == 2
+    assert rule.mode_rank(values, 0, (9, 9), previous=3) == 3
+    assert gt.Tolerance(0.1, hysteresis=0.02).mode_rank(values, 0, (9, 9), previous=3) == 2
+    assert gt.Tolerance(0.2, hysteresis=0.99).mode_rank(values, 0, (9, 9), previous=2) == 2
+    assert gt.Tolerance(0.1, cap=2, hysteresis=0.1).mode_rank(values, 0, (9, 9), previous=3) == 2
+    point = gt.hosvd(np.diag(values), 3)
+    for previous, expected in (((2, 2), 2), ((3, 3), 3)):
+        (cut,) = gt.truncate([point], rule, [gt.Facts(previous=previous)])
+        assert cut.point.ranks == (expected,) * 2
+
+
 @pytest.mark.parametrize("scale", [1e-300, 1e-160, 1.0, 1e160, 1e300])
 def test_tolerance_knows_no_scale(scale):
     values = scale * descending(1.0, 0.5, 0.1, 1e-3)
@@ -146,7 +186,7 @@ def test_one_rule_per_tensor():
 
 def test_a_rule_of_ones_own_decides_mode_by_mode():
     class Even(gt.ModeRule):
-        def mode_rank(self, values, mode, shape):
+        def mode_rank(self, values, mode, shape, previous=None):
             return min(2 + 2 * (mode == 1), len(values))
 
     tensor = np.random.default_rng(0).standard_normal((5, 5, 5))
@@ -157,7 +197,7 @@ def test_a_rule_of_ones_own_decides_mode_by_mode():
 
 
 class Zero(gt.ModeRule):
-    def mode_rank(self, values, mode, shape):
+    def mode_rank(self, values, mode, shape, previous=None):
         return 0
 
 
@@ -171,6 +211,11 @@ ERRORS = {
     "floor 1.5": (lambda: gt.Tolerance(0.1, floor=1.5), "floor: expected a positive"),
     "cap": (lambda: gt.Tolerance(0.1, 3, 2), "at least floor = 3, got 2"),
     "cap 2.5": (lambda: gt.Tolerance(0.1, cap=2.5), "cap: expected an integer"),
+    "hysteresis": (lambda: gt.Tolerance(0.1, hysteresis=1.0), "hysteresis: expected a number in"),
+    "facts": (
+        lambda: gt.truncate([gt.hosvd(TENSOR, 2)], gt.Fixed(1), []),
+        "facts: expected one for each of 1 points, got 0",
+    ),
     "rank 0": (lambda: gt.Fixed(0), "ranks: expected a positive integer"),
     "True": (lambda: gt.as_rule(True), "ranks: expected a positive integer"),
     "fraction 0": (lambda: gt.as_rule(0.0), "ranks: expected a fraction in (0, 1]"),

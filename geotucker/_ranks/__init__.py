@@ -1,0 +1,40 @@
+"""Rank rules: from the singular values of every mode to the multilinear rank to keep.
+
+A rule is a pure function of spectra. It sees all tensors of a network at once, so that a
+rule may trade ranks between layers (`Budget`); most rules look at one mode at a time and are
+written as a `ModeRule`. Spectra are small NumPy arrays on the host, whatever the tensors are.
+"""
+
+from ._base import (
+    Cost,
+    Facts,
+    ModeRule,
+    PerTensor,
+    RankRule,
+    Ranks,
+    Spectrum,
+    choose,
+    in_force,
+    tail_norms,
+)
+from ._budget import Budget
+from ._descent import DescentSafe
+from ._modes import Fixed, Tolerance, as_rule
+
+__all__ = [
+    "Budget",
+    "Cost",
+    "DescentSafe",
+    "Facts",
+    "Fixed",
+    "ModeRule",
+    "PerTensor",
+    "RankRule",
+    "Ranks",
+    "Spectrum",
+    "Tolerance",
+    "as_rule",
+    "choose",
+    "in_force",
+    "tail_norms",
+]

@@ -1,0 +1,512 @@
+"""The budget over a network, against brute force, the linear relaxation and its own promises."""
+
+import itertools
+import math
+import re
+from typing import NamedTuple
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import geotucker as gt
+from geotucker._ranks import PerTensor, _allocate, _knapsack
+
+LENET = [(20, 1, 5, 5), (50, 20, 5, 5), (500, 800), (10, 500)]
+LARGE = [(64, 3, 3, 3), (64, 64, 3, 3), (96, 64, 3, 3), (128, 96, 3, 3), (256, 128), (10, 256)]
+
+
+def is_feasible(ranks):
+    return all(rank <= math.prod(ranks) // rank for rank in ranks)
+
+
+def size(shape, ranks):
+    return math.prod(ranks) + sum(n * r for n, r in zip(shape, ranks, strict=True))
+
+
+def kept(spectrum, ranks):
+    """Energy by the definition."""
+    pairs = [(s, r) for s, r in zip(spectrum.values, ranks, strict=True) if s[0] > 0]
+    return sum(np.sum((s[:r] / s[0]) ** 2) / np.sum((s / s[0]) ** 2) for s, r in pairs)
+
+
+class Choice(NamedTuple):
+    ranks: tuple
+    cost: int
+    kept: float
+
+
+def choices(spectrum, cost, floor=1, cap=99):
+    counts = [len(values) for values in spectrum.values]
+    box = [range(min(floor, c, cap), min(cap, c) + 1) for c in counts]
+    found = [ranks for ranks in itertools.product(*box) if is_feasible(ranks)]
+    return [Choice(ranks, cost(ranks), kept(spectrum, ranks)) for ranks in found]
+
+
+def best(tables, budget, least=0):
+    """Most energy within the budget, over all combinations; None if there is none."""
+    sums = [(0, 0.0)]
+    for table in tables:
+        sums = [(a + c.cost, b + c.kept) for a, b in sums for c in table if a + c.cost <= budget]
+    return max((energy for cost, energy in sums if cost >= least), default=None)
+
+
+def total(spectra, ranks, costs):
+    pairs = list(zip(spectra, ranks, costs, strict=True))
+    return sum(cost(r) for _, r, cost in pairs), sum(kept(s, r) for s, r, _ in pairs)
+
+
+SHAPES = st.sampled_from([(4, 5), (6, 3), (3, 3), (2, 3, 4), (3, 3, 2), (2, 2, 2), (5, 1, 4), (3,)])
+
+
+@st.composite
+def spectra(draw, shapes=SHAPES, max_size=3, zeros=True):
+    """Two or three small tensors: steep, flat, with ties, with zeros, of any scale."""
+    drawn = []
+    for shape in draw(st.lists(shapes, min_size=1 if max_size == 1 else 2, max_size=max_size)):
+        limits = [min(n, math.prod(shape) // n) for n in shape]
+        rng = np.random.default_rng(draw(st.integers(0, 2**16)))
+        decay, scale = draw(st.sampled_from([0.0, 0.5, 3.0])), draw(st.sampled_from([1e-200, 1.0]))
+        values = []
+        for limit in limits:
+            noise = rng.random(limit) * draw(st.sampled_from([0.0, 1.0]))
+            s = np.sort((0.1 + noise) * np.exp(-decay * np.arange(limit)))[::-1]
+            if zeros and draw(st.integers(0, 5)) == 0:
+                s = s * (np.arange(limit) < draw(st.integers(0, limit)))
+            values.append(scale * s)
+        if any(s[0] == 0 for s in values):
+            values = [0.0 * s for s in values]
+        drawn.append(gt.Spectrum(shape, tuple(values)))
+    return drawn
+
+
+def costs_of(problem):
+    return [lambda ranks, shape=s.shape: size(shape, ranks) for s in problem]
+
+
+@given(problem=spectra(), share=st.floats(0.0, 1.1), floor=st.integers(1, 2), data=st.data())
+def test_small_networks_get_the_optimum(problem, share, floor, data):
+    cap = data.draw(st.sampled_from([None, 2, 3]))
+    costs = costs_of(problem)
+    tables = [choices(s, cost, floor, cap or 99) for s, cost in zip(problem, costs, strict=True)]
+    # A floor that no tensor of these other ranks has is lowered: (5, 1, 4) has ranks (r, 1, r).
+    least, most = (sum(f(c.cost for c in table) for table in tables) for f in (min, max))
+    budget = least + int(share * (most - least))
+    ranks = gt.Budget(parameters=budget, floor=floor, cap=cap)(problem)
+    cost, energy = total(problem, ranks, costs)
+    assert cost <= budget
+    assert all(ranks[k] in [choice.ranks for choice in table] for k, table in enumerate(tables))
+    assert energy == pytest.approx(best(tables, budget), rel=1e-12)
+
+
+@given(problem=spectra(), shares=st.tuples(st.floats(0.0, 1.0), st.floats(0.0, 1.0)))
+def test_a_larger_budget_keeps_more(problem, shares):
+    costs = costs_of(problem)
+    least = sum(cost((1,) * len(s.shape)) for s, cost in zip(problem, costs, strict=True))
+    dense = 2 * sum(math.prod(s.shape) for s in problem)
+    budgets = sorted(least + int(share * dense) for share in shares)
+    energies = [
+        total(problem, gt.Budget(parameters=budget)(problem), costs)[1] for budget in budgets
+    ]
+    assert energies[0] <= energies[1] + 1e-12
+
+
+@given(problem=spectra(), share=st.floats(0.0, 1.0))
+def test_fractions_are_of_the_dense_tensors_and_used_to_one_per_cent(problem, share):
+    costs = costs_of(problem)
+    tables = [choices(s, cost) for s, cost in zip(problem, costs, strict=True)]
+    dense = sum(math.prod(s.shape) for s in problem)
+    least = sum(min(c.cost for c in table) for table in tables)
+    fraction = math.nextafter(least / dense, 2.0) * (1.0 - share) + share
+    if fraction > 1.0:
+        return
+    cost, energy = total(problem, gt.Budget(parameters=fraction)(problem), costs)
+    assert cost <= fraction * dense
+    everything = sum(max(c.kept for c in table) for table in tables)
+    lost = everything - best(tables, fraction * dense)
+    used = best(tables, fraction * dense, 0.99 * fraction * dense)
+    if cost >= 0.99 * fraction * dense:
+        assert energy == pytest.approx(used, rel=1e-12)
+        assert everything - energy <= 1.1 * lost + 1e-12
+    else:  # the optimum, as use of the rest would lose a tenth more, or nothing is left to keep
+        assert everything - energy == pytest.approx(lost, abs=1e-12)
+        assert used is None or lost < 1e-12 or everything - used >= 1.1 * lost - 1e-12
+
+
+def test_the_rest_of_a_fraction_is_used_where_it_costs_little():
+    problem = network(LENET, 0.0)
+    dense = sum(math.prod(shape) for shape in LENET)
+    used = {}
+    for amount in (0.05, round(0.05 * dense)):
+        ranks = gt.Budget(parameters=amount)(problem)
+        used[amount] = total(problem, ranks, costs_of(problem))[0]
+    assert used[amount] < 0.99 * 0.05 * dense  # an absolute budget is a limit only
+    assert 0.99 * 0.05 * dense <= used[0.05] <= 0.05 * dense
+
+
+def test_the_rest_of_a_fraction_is_left_where_its_use_costs_much():
+    problem, fraction = network([(3, 4, 5), (8, 7), (2, 3, 3)], 6.0), 0.8
+    dense = sum(math.prod(s.shape) for s in problem)
+    tables = [choices(s, cost) for s, cost in zip(problem, costs_of(problem), strict=True)]
+    everything = sum(max(c.kept for c in table) for table in tables)
+    lost = everything - best(tables, fraction * dense)
+    lost_by_use = everything - best(tables, fraction * dense, 0.99 * fraction * dense)
+    assert 1.1 < lost_by_use / lost < 1.3
+    ranks = gt.Budget(parameters=fraction)(problem)
+    assert everything - total(problem, ranks, costs_of(problem))[1] == pytest.approx(lost)
+
+
+@given(problem=spectra(max_size=2), sizes=st.tuples(*[st.sampled_from([2, 4, 8])] * 2))
+def test_bytes_count_dtypes(problem, sizes):
+    problem = [s._replace(itemsize=itemsize) for s, itemsize in zip(problem, sizes, strict=False)]
+    costs = [lambda r, s=s: s.itemsize * size(s.shape, r) for s in problem]
+    tables = [choices(s, cost) for s, cost in zip(problem, costs, strict=True)]
+    budget = sum(min(c.cost for c in table) for table in tables) + 120
+    cost, energy = total(problem, gt.Budget(bytes=budget)(problem), costs)
+    assert cost <= budget
+    assert energy == pytest.approx(best(tables, budget), rel=1e-12)
+
+
+def test_itemsize_is_that_of_the_arrays(backend):
+    dense = np.random.default_rng(0).standard_normal((6, 5))
+    points = [gt.hosvd(backend.array(dense, dtype), 5) for dtype in ("float64", "float32")]
+    budget = gt.Budget(bytes=8 * size((6, 5), (2, 2)) + 4 * size((6, 5), (4, 4)))
+    seen = []
+    cuts = gt.truncate(points, lambda spectra: seen.extend(spectra) or budget(spectra))
+    assert [spectrum.itemsize for spectrum in seen] == [8, 4]
+    assert [cut.point.ranks for cut in cuts] == [(2, 2), (4, 4)]
+    assert gt.hosvd(backend.array(dense, "float32"), gt.Budget(bytes=4 * 80)).ranks == (5, 5)
+
+
+def polynomial(shape):
+    return lambda ranks: 3 * math.prod(ranks) + size([n * n for n in shape], ranks)
+
+
+def piecewise(shape):
+    """Return a cost of single ranks only: the cheaper of two ways to contract."""
+    return lambda ranks: min(2 * size(shape, ranks), 10 + math.prod(ranks) * max(ranks))
+
+
+def misleading(shape):
+    """Return a cost that takes arrays of ranks and means something else by them."""
+    return lambda ranks: size(shape, ranks) + int(np.max(ranks))
+
+
+@pytest.mark.parametrize("kind", [polynomial, piecewise, misleading])
+@given(problem=spectra(), share=st.floats(0.0, 1.0))
+def test_operations_are_the_callers(kind, problem, share):
+    costs = [kind(s.shape) for s in problem]
+    problem = [
+        s._replace(facts=gt.Facts(flops=gt.Cost(cost, 100 * math.prod(s.shape))))
+        for s, cost in zip(problem, costs, strict=True)
+    ]
+    tables = [choices(s, cost) for s, cost in zip(problem, costs, strict=True)]
+    least, most = (sum(f(c.cost for c in table) for table in tables) for f in (min, max))
+    budget = least + int(share * (most - least))
+    cost, energy = total(problem, gt.Budget(flops=budget)(problem), costs)
+    assert cost <= budget
+    assert energy == pytest.approx(best(tables, budget), rel=1e-12)
+    dense = sum(100 * math.prod(s.shape) for s in problem)
+    if budget < dense:
+        fraction = math.nextafter(budget / dense, 2.0)
+        cost, of_fraction = total(problem, gt.Budget(flops=fraction)(problem), costs)
+        assert cost <= fraction * dense
+        everything = sum(max(c.kept for c in table) for table in tables)
+        assert everything - of_fraction <= 1.1 * (everything - energy) + 1e-12
+
+
+def test_a_cost_is_asked_for_many_ranks_at_a_time():
+    calls = []
+
+    def cost(ranks):
+        calls.append(ranks)
+        return math.prod(ranks)
+
+    tensor = np.random.default_rng(0).standard_normal((12, 11, 10))
+    rule = gt.Budget(flops=200)
+    point = gt.hosvd(tensor, 12)
+    (cut,) = gt.truncate([point], rule, [gt.Facts(flops=gt.Cost(cost, 1320))])
+    assert math.prod(cut.point.ranks) <= 200
+    assert len(calls) < 30
+
+
+# The solver
+
+
+def tensors(problem):
+    """Return the solver's own form of a problem, built by `Budget`."""
+    seen = []
+
+    def allocate(tensors, budget, aim):
+        seen.extend(tensors)
+        return solve(tensors, budget, aim)
+
+    solve = _allocate.allocate
+    with patch("geotucker._ranks._budget.allocate", allocate):
+        gt.Budget(parameters=10**12)(problem)
+    return seen
+
+
+def relaxation(tables, budget):
+    """Lost energy of the linear relaxation, and the largest step along a hull."""
+    steps, cost, lost = [], 0, 0.0
+    for table in tables:
+        points = sorted((c.cost, -c.kept) for c in table)
+        hull = [points[0]]
+        while True:
+            here = hull[-1]
+            after = [p for p in points if p[0] > here[0] and p[1] < here[1] - 1e-14]
+            if not after:
+                break
+            hull.append(min(after, key=lambda p: ((p[1] - here[1]) / (p[0] - here[0]), -p[0])))
+        cost, lost = cost + hull[0][0], lost + hull[0][1]
+        steps += [(q[0] - p[0], q[1] - p[1]) for p, q in itertools.pairwise(hull)]
+    for width, height in sorted(steps, key=lambda s: s[1] / s[0]):
+        share = min(1.0, (budget - cost) / width)
+        cost, lost = cost + share * width, lost + share * height
+        if share < 1.0:
+            break
+    return lost, max((-height for _, height in steps), default=0.0)
+
+
+@given(problem=spectra(zeros=False), share=st.floats(0.0, 1.0), most=st.sampled_from([0, 2**12]))
+def test_the_bound_is_the_relaxation_and_greedy_is_one_step_off(problem, share, most):
+    costs = costs_of(problem)
+    tables = [choices(s, cost) for s, cost in zip(problem, costs, strict=True)]
+    least, largest = (sum(f(c.cost for c in table) for table in tables) for f in (min, max))
+    budget = least + int(share * (largest - least))
+    with patch.object(_knapsack, "LIST", most):  # 0: hardly anything beyond the greedy choice
+        found = _allocate.allocate(tensors(problem), budget)
+    bound, step = relaxation(tables, budget)
+    everything = sum(max(c.kept for c in table) for table in tables)
+    assert found.bound == pytest.approx(everything + bound, rel=1e-9, abs=1e-9)
+    assert found.cost <= budget
+    assert found.bound - 1e-12 <= found.lost <= found.bound + step + 1e-9
+    cost, energy = total(problem, found.ranks, costs)
+    assert (found.cost, found.lost) == (cost, pytest.approx(everything - energy, abs=1e-9))
+
+
+def coarseness(tensor):
+    """Return the ratio that the first grid of a tensor guarantees."""
+    grid = _allocate._first_grid(tensor)
+    delta = [max(((b - 1) / a for a, b in itertools.pairwise(g)), default=1.0) for g in grid]
+    coarse = [d for d in delta if d > 1.0]
+    return max(coarse, default=1.0) ** max(1, len(coarse) - 1)
+
+
+@given(
+    problem=spectra(st.sampled_from([(9, 8), (7, 6, 5), (4, 12, 3)]), 2, zeros=False),
+    share=st.floats(0.0, 1.0),
+    rounds=st.sampled_from([0, 12]),
+)
+def test_grids_keep_their_ratio(problem, share, rounds):
+    costs = costs_of(problem)
+    tables = [choices(s, cost) for s, cost in zip(problem, costs, strict=True)]
+    least, most = (sum(f(c.cost for c in table) for table in tables) for f in (min, max))
+    budget = least + int(share * (most - least) / 2)
+    forms = tensors(problem)
+    with patch.multiple(_allocate, BOX=1, GRID=10, ROUNDS=rounds, NEAR=1):
+        found = _allocate.allocate(forms, budget)
+        ratio = max(coarseness(tensor) for tensor in forms)
+    cost, energy = total(problem, found.ranks, costs)
+    assert cost == found.cost <= budget
+    assert all(is_feasible(ranks) for ranks in found.ranks)
+    assert energy >= best(tables, budget) / ratio - 1e-9
+
+
+def network(shapes, decay, seed=0):
+    rng = np.random.default_rng(seed)
+    spectra = []
+    for shape in shapes:
+        counts = [min(n, math.prod(shape) // n) for n in shape]
+        values = [np.exp(-decay * np.arange(c) / c) + 0.1 * rng.random(c) for c in counts]
+        spectra.append(gt.Spectrum(shape, tuple(np.sort(v)[::-1] for v in values)))
+    return spectra
+
+
+@pytest.mark.parametrize("decay", [0.0, 2.0, 20.0])
+@pytest.mark.parametrize("fraction", [0.03, 0.3])
+def test_large_networks_come_close_to_the_bound(decay, fraction):
+    problem = network(LARGE, decay)
+    forms, budget = tensors(problem), fraction * sum(math.prod(shape) for shape in LARGE)
+    assert any(math.prod(t.upper) > _allocate.BOX for t in forms)  # a grid is needed
+    ratio = max(coarseness(tensor) for tensor in forms)
+    assert ratio < 1.4
+    with patch.object(_allocate, "BOX", 10**9):
+        bound = _allocate.allocate(forms, budget).bound
+    found = _allocate.allocate(forms, budget)
+    modes = sum(len(shape) for shape in LARGE)
+    assert modes - found.lost >= (modes - bound) / ratio
+    assert bound - 1e-12 <= found.lost <= 1.003 * bound + 1e-12  # what refinement gives in fact
+
+
+@pytest.mark.parametrize("shapes", [LENET, LARGE], ids=["lenet5", "large"])
+@pytest.mark.parametrize("decay", [0.0, 2.0, 20.0])
+@pytest.mark.parametrize("fraction", [0.02, 0.05, 0.2])
+def test_the_budget_is_used_to_one_per_cent(shapes, decay, fraction):
+    problem = network(shapes, decay)
+    ranks = gt.Budget(parameters=fraction)(problem)
+    used = sum(size(shape, r) for shape, r in zip(shapes, ranks, strict=True))
+    budget = fraction * sum(math.prod(shape) for shape in shapes)
+    assert 0.99 * budget <= used <= budget
+
+
+def test_grids_move_to_a_choice_outside():
+    # The first choice is off by more than the last windows reach.
+    shapes = [(300, 200, 3), (200, 300, 3), (40, 40, 40)]
+    forms, budget = tensors(network(shapes, 2.0)), 0.3 * sum(math.prod(shape) for shape in shapes)
+    with patch.object(_allocate, "BOX", 10**6):
+        optimum = _allocate.allocate(forms, budget).lost
+    assert _allocate.allocate(forms, budget).lost <= optimum + 1e-12
+
+
+# What a budget is for
+
+
+def test_ranks_go_where_the_energy_is():
+    flat, steep = np.ones(8), np.exp(-3.0 * np.arange(8.0))
+    problem = [gt.Spectrum((10, 10), (flat, flat)), gt.Spectrum((10, 10), (steep, steep))]
+    (a, _), (b, _) = gt.Budget(parameters=4 * 24)(problem)
+    assert a > b
+    scaled = [problem[0], gt.Spectrum((10, 10), (1e6 * steep, 1e6 * steep))]
+    assert gt.Budget(parameters=4 * 24)(scaled) == gt.Budget(parameters=4 * 24)(problem)
+
+
+def test_a_network_is_truncated_to_its_budget(backend):
+    shapes = [(8, 3, 3, 3), (10, 8, 3, 3), (20, 12)]
+    rng = np.random.default_rng(0)
+    points = [gt.hosvd(backend.array(rng.standard_normal(s), "float32"), 99) for s in shapes]
+    cuts = gt.truncate(points, gt.Budget(parameters=0.5))
+    dense = sum(math.prod(shape) for shape in shapes)
+    assert 0.49 * dense <= sum(cut.point.size for cut in cuts) <= 0.5 * dense
+
+
+def test_zeros_are_not_paid_for():
+    rng = np.random.default_rng(0)
+    dense = rng.standard_normal((20, 3)) @ rng.standard_normal((3, 30))
+    for dtype in (np.float64, np.float32):
+        assert gt.hosvd(dense.astype(dtype), gt.Budget(parameters=1.0)).ranks == (3, 3)
+    nothing = gt.Spectrum((4, 4), (np.zeros(4), np.zeros(4)))
+    assert gt.Budget(parameters=1.0)([nothing]) == [(1, 1)]
+    small = gt.Spectrum((40, 40), (10.0 ** -np.arange(9.0),) * 2)
+    assert gt.Budget(parameters=10**6)([small]) == [(9, 9)]  # small is not zero
+
+
+def test_a_budget_for_none_and_for_one():
+    assert gt.Budget(parameters=1)([]) == []
+    tensor = np.random.default_rng(0).standard_normal((6, 5, 4))
+    assert gt.hosvd(tensor, gt.Budget(parameters=10**6)).ranks == (6, 5, 4)
+    assert gt.hosvd(tensor, gt.Budget(parameters=10**6, cap=2)).ranks == (2, 2, 2)
+    assert gt.hosvd(tensor, gt.Budget(parameters=size((6, 5, 4), (2, 2, 2)), floor=2)).ranks == (
+        2,
+        2,
+        2,
+    )
+
+
+def hovering(first, second, previous, **settings):
+    """Two matrices that compete for one rank."""
+    facts = [gt.Facts(previous=ranks) for ranks in previous]
+    problem = [
+        gt.Spectrum((10, 10), (np.array([1.0, tail, 0.1]),) * 2, facts=fact)
+        for tail, fact in zip((first, second), facts, strict=True)
+    ]
+    return gt.Budget(parameters=21 + 44, **settings)(problem)
+
+
+def test_hysteresis_keeps_ranks_that_are_nearly_as_good():
+    left, right = [(2, 2), (1, 1)], [(1, 1), (2, 2)]
+    assert hovering(0.50, 0.51, [None, None]) == right
+    assert hovering(0.50, 0.51, left) == left
+    assert hovering(0.50, 0.51, right) == right
+    assert hovering(0.50, 0.51, left, hysteresis=0.0) == right
+    assert hovering(0.50, 0.60, left) == right  # clearly better
+    assert hovering(0.50, 0.60, left, hysteresis=0.9) == left
+    assert hovering(0.50, 0.51, [(2, 2), None]) == right  # not all are known
+    assert hovering(0.50, 0.51, [(2, 2), (2, 2)]) == right  # not within the budget
+    assert hovering(0.50, 0.51, [(1, 1), (1, 1)], hysteresis=0.99) == right  # too little
+    assert hovering(0.50, 0.51, [(4, 4), (1, 1)]) == right  # more than there are values
+    alone = gt.Spectrum((10, 10), (np.array([1.0, 0.5, 0.1]),) * 2, facts=gt.Facts((2, 1)))
+    assert gt.Budget(parameters=40, hysteresis=0.99)([alone]) == [(1, 1)]  # no tensor has (2, 1)
+
+
+def test_a_schedule_goes_geometrically_from_start_to_target():
+    rule = gt.Budget(parameters=0.01, steps=100, start=1.0, floor=2, cap=9, hysteresis=0.3)
+    assert [rule.at(step).parameters for step in (0, 50, 100, 101)] == pytest.approx(
+        [1.0, 0.1, 0.01, 0.01]
+    )
+    assert rule.at(50) == gt.Budget(
+        parameters=rule.at(50).parameters, floor=2, cap=9, hysteresis=0.3
+    )
+    growing = gt.Budget(flops=1000, steps=3, start=1)
+    assert [growing.at(step).flops for step in range(5)] == [1, 10, 100, 1000, 1000]
+    assert gt.Budget(bytes=0.5).at(0) == gt.Budget(bytes=0.5)
+    assert gt.Budget(bytes=0.5, start=0.9).at(0) == gt.Budget(bytes=0.5)
+    assert gt.Budget(bytes=0.5, steps=9).at(3) == gt.Budget(bytes=0.5)
+    pair = PerTensor((growing, gt.Fixed(2)))
+    assert pair.at(1) == PerTensor((gt.Budget(flops=10), gt.Fixed(2)))
+
+
+@pytest.mark.parametrize(
+    "integrator", [gt.TDLRT(0.5), gt.Tangent(0.5), gt.Standard(0.5), gt.Flow(0.5, substeps=2)]
+)
+def test_integrators_follow_the_schedule(integrator):
+    target = np.random.default_rng(0).standard_normal((8, 7, 6))
+
+    def objective(w):
+        residual = gt.to_dense(w) - target
+        return float(np.sum(residual**2)) / 2, residual
+
+    rule = gt.Budget(parameters=30, steps=4, start=300)
+    result = gt.minimize(objective, gt.hosvd(target, 4), integrator=integrator, ranks=rule, steps=6)
+    sizes = [size((8, 7, 6), report.ranks) for report in result.history]
+    limits = [rule.at(step).parameters for step in range(6)]
+    assert all(s <= limit for s, limit in zip(sizes, limits, strict=True))
+    assert sizes[0] > limits[1]
+
+
+SQUARE = [gt.Spectrum((10, 10), (np.ones(4), np.ones(4)))] * 2
+
+ERRORS = {
+    "none": (lambda: gt.Budget(), "exactly one of parameters, flops and bytes, got none"),
+    "two": (lambda: gt.Budget(parameters=1, bytes=2), "got parameters, bytes"),
+    "0": (lambda: gt.Budget(parameters=0), "parameters: expected a fraction in (0, 1] or a pos"),
+    "0.0": (lambda: gt.Budget(flops=0.0), "flops: expected a fraction in (0, 1]"),
+    "1.5": (lambda: gt.Budget(bytes=1.5), "bytes: expected a fraction in (0, 1] or an integer"),
+    "nan": (lambda: gt.Budget(bytes=np.nan), "bytes: expected a fraction in (0, 1]"),
+    "True": (lambda: gt.Budget(bytes=True), "bytes: expected a fraction in (0, 1] or a positive"),
+    "word": (lambda: gt.Budget(parameters="5 %"), "got '5 %'"),
+    "floor": (lambda: gt.Budget(parameters=9, floor=0), "floor: expected a positive integer"),
+    "cap": (lambda: gt.Budget(parameters=9, floor=3, cap=2), "at least floor = 3, got 2"),
+    "hysteresis": (lambda: gt.Budget(parameters=9, hysteresis=1.0), "hysteresis: expected"),
+    "steps": (lambda: gt.Budget(parameters=9, steps=-1), "steps: expected an integer of at"),
+    "steps 1.5": (lambda: gt.Budget(parameters=9, steps=1.5), "steps: expected an integer"),
+    "start": (lambda: gt.Budget(parameters=9, start=0), "start: expected a fraction in (0, 1]"),
+    "mixed": (
+        lambda: gt.Budget(parameters=0.1, steps=9, start=900),
+        "start: expected a fraction or absolute as parameters = 0.1, got 900",
+    ),
+    "too small": (
+        lambda: gt.Budget(parameters=41)(SQUARE),
+        "parameters: expected at least 42 (0.21 of the dense tensors' 200), which the least ranks "
+        "take with floor = 1, got 41",
+    ),
+    "too small a fraction": (
+        lambda: gt.Budget(bytes=0.2, floor=2)(SQUARE),
+        "bytes: expected at least 704 (0.44 of the dense tensors' 1600), which the least ranks "
+        "take with floor = 2, got 0.2 (320)",
+    ),
+    "no operations": (
+        lambda: gt.Budget(flops=0.5)(SQUARE),
+        "flops: expected the operations of every tensor, got none for tensor 0 of shape (10, 10)",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ERRORS)
+def test_budgets_that_cannot_be_kept(what):
+    call, message = ERRORS[what]
+    with pytest.raises(gt.RankError, match=re.escape(message)):
+        call()
