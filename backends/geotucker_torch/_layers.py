@@ -11,15 +11,9 @@ from torch import Tensor, nn
 import geotucker as gt
 from geotucker._moments import lift as lift_moment
 
-from ._contract import (
-    conv_core_gradient,
-    dense_weight,
-    linear_core_gradient,
-    tucker_conv,
-    tucker_linear,
-    without_autocast,
-)
+from ._contract import contract, dense_weight, without_autocast
 from ._lift import lifting
+from ._maps import ConvMap, LinearMap
 from ._point import read_point, write_point
 
 __all__ = [
@@ -202,16 +196,11 @@ class TuckerModule(nn.Module):
         """Apply the dense layer's map, by contraction of core and factors."""
         if self.armed and self.core.requires_grad and torch.is_grad_enabled():
             return lifting(self, x)
-        return self.contract(x, self.core, list(self.factors), self.bias)
+        return contract(self.map, x, self.core, list(self.factors), self.bias)
 
-    def contract(
-        self, x: Tensor, core: Tensor, factors: Sequence[Tensor], bias: Tensor | None
-    ) -> Tensor:
-        """Apply the layer's map with these parameters in place of its own."""
-        raise NotImplementedError
-
-    def core_gradient(self, x: Tensor, g: Tensor, factors: Sequence[Tensor]) -> Tensor:
-        """Return the gradient of the core in the bases `factors`, of input and output gradient."""
+    @property
+    def map(self) -> LinearMap | ConvMap:
+        """The linear maps that the layer is a chain of."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -382,15 +371,10 @@ class TuckerLinear(TuckerModule):
         self.in_features = in_features
         self.out_features = out_features
 
-    def contract(
-        self, x: Tensor, core: Tensor, factors: Sequence[Tensor], bias: Tensor | None
-    ) -> Tensor:
-        """Map an input of shape (..., in_features) to (..., out_features)."""
-        return tucker_linear(x, core, factors, bias)
-
-    def core_gradient(self, x: Tensor, g: Tensor, factors: Sequence[Tensor]) -> Tensor:
-        """Return the gradient of the core in the bases `factors`, of input and output gradient."""
-        return linear_core_gradient(x, g, factors)
+    @property
+    def map(self) -> LinearMap:
+        """The linear maps that the layer is a chain of."""
+        return LinearMap()
 
     def _options_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
@@ -458,20 +442,17 @@ class _TuckerConv(TuckerModule):
         for name in self._options:
             setattr(self, name, getattr(dense, name))
 
-    def contract(
-        self, x: Tensor, core: Tensor, factors: Sequence[Tensor], bias: Tensor | None
-    ) -> Tensor:
-        """Convolve an input of shape (batch, in_channels, ...) or (in_channels, ...)."""
-        return tucker_conv(x, core, factors, bias, **self._geometry)
-
-    def core_gradient(self, x: Tensor, g: Tensor, factors: Sequence[Tensor]) -> Tensor:
-        """Return the gradient of the core in the bases `factors`, of input and output gradient."""
-        return conv_core_gradient(x, g, factors, **self._geometry)
-
     @property
-    def _geometry(self) -> dict[str, Any]:
-        names = ("stride", "padding", "dilation", "groups", "padding_mode")
-        return {name: getattr(self, name) for name in names}
+    def map(self) -> ConvMap:
+        """The linear maps that the layer is a chain of."""
+        return ConvMap.of(
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.padding_mode,
+        )
 
     def _options_repr(self) -> str:
         plain = {

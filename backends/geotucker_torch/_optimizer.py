@@ -1,9 +1,8 @@
 """The optimizer TDLRT: any torch optimizer as the one-step integrator of Tucker cores."""
 
-import copy
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
@@ -15,6 +14,7 @@ from torch.optim import Optimizer
 import geotucker as gt
 from geotucker._ranks import PerTensor
 
+from ._guard import check_finite, restored_if_it_fails
 from ._layers import TuckerModule
 from ._slots import Slot, find_slots
 from ._state import lift_state, rotate_state
@@ -48,10 +48,12 @@ class TDLRT(Optimizer):
         module names (as in `fnmatch`; the first match counts) to rules. By default, and
         where no pattern matches, a tensor keeps the ranks it has now.
     basis_every : int
-        The bases are extended every so many steps; the steps between are ordinary steps of
-        the cores in the extended bases, and the last of them truncates. 1 is the published
-        algorithm. Larger values cost less, and let new directions grow before a tolerance
-        judges them; between truncations the cores are larger.
+        The bases are extended every so many steps, and the others are ordinary steps of the
+        cores. 1 is the published algorithm; larger values cost less.
+    wide_steps : int
+        How many steps of each period are taken in the extended bases before these are truncated
+        again. More than one let new directions grow, with momentum too, before they are judged;
+        cores are larger meanwhile.
     one_pass : bool
         Whether layers of this package extend their bases in their own backward pass, which
         gives the same result as two passes at the cost of about one. False: by two calls
@@ -78,7 +80,7 @@ class TDLRT(Optimizer):
 
     *All or nothing.* If a step raises (in the closure, for a gradient that is NaN or
     infinite, in the wrapped optimizer), parameters and state are as they were before it.
-    That costs a copy of the trained parameters and of their state while the step runs.
+    That costs a copy of the stepped parameters and of their state while the step runs.
 
     Examples
     --------
@@ -104,7 +106,9 @@ class TDLRT(Optimizer):
         optimizer: Optimizer,
         model: nn.Module,
         ranks: Any = None,
+        *,
         basis_every: int = 1,
+        wide_steps: int = 1,
         one_pass: bool = True,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
@@ -116,8 +120,7 @@ class TDLRT(Optimizer):
                 f"optimizer: {type(optimizer).__name__} cannot be wrapped; use SGD, Adam or "
                 "another optimizer that keeps its state per parameter"
             )
-        if isinstance(basis_every, bool) or not isinstance(basis_every, int) or basis_every < 1:
-            raise ValueError(f"basis_every: expected a positive integer, got {basis_every!r}")
+        _check_period(basis_every, wide_steps)
         slots = _trained_slots(model, optimizer)
         self._rules = _check_rules(ranks, slots)
         self.wrapped = optimizer
@@ -125,6 +128,7 @@ class TDLRT(Optimizer):
         # only what hooks and profiling need.
         super().__setstate__({})
         self.basis_every = basis_every
+        self.wide_steps = wide_steps
         self._slots = slots
         self._phase = 0  # steps since the bases were extended, modulo basis_every
         for slot in slots:
@@ -249,19 +253,24 @@ class TDLRT(Optimizer):
                 f"{', '.join(slot.name for slot in foreign)} are extended between two passes of it"
             )
         loss = None
-        with self._all_or_nothing(), torch.no_grad():
+        with restored_if_it_fails(self, self._slots), torch.no_grad():
             if closure is not None:
                 loss = self._evaluate(torch.enable_grad()(closure), foreign)
             self._check_gradients()
             self._settle(slots)
+            before = [slot.core.detach().clone() for slot in slots] if self._truncates else []
             self.wrapped.step()
-            for slot in slots:
-                _check_finite(slot.core.detach(), f"{slot.name}.core after the step")
+            check_finite((f"{s.name}.core after the step", s.core) for s in slots)
+            if self._truncates:
+                self._truncate(slots, before)
             self._phase = (self._phase + 1) % self.basis_every
-            if self._phase == 0:
-                self._truncate(slots)
             self._arm()
         return loss
+
+    @property
+    def _truncates(self) -> bool:
+        """Whether the coming step is the last one in wide bases."""
+        return self._phase + 1 == self.wide_steps
 
     def _evaluate(self, closure: Callable[[], Any], foreign: list[Slot]) -> Any:
         """Run the closure, and once more if bases are to be extended from outside a layer."""
@@ -292,12 +301,12 @@ class TDLRT(Optimizer):
     def truncate(self) -> None:
         """Truncate all Tucker tensors now, by the rank rule, unless the last step has done so.
 
-        With ``basis_every`` above 1 call it before measuring or saving the model; the next step
+        With ``wide_steps`` above 1 call it before measuring or saving the model; the next step
         extends the bases again.
         """
-        if self._phase == 0:
+        if not 0 < self._phase < self.wide_steps:
             return
-        with self._all_or_nothing(), torch.no_grad():
+        with restored_if_it_fails(self, self._slots), torch.no_grad():
             self._truncate(self._trained())
             self._phase = 0
             self._arm()
@@ -320,8 +329,11 @@ class TDLRT(Optimizer):
             slot.write(wide)
             self._carry(slot, lambda state, o=old, w=wide: lift_state(state, o.ranks, w.ranks))
 
-    def _truncate(self, slots: list[Slot]) -> None:
-        """Truncate cores by the rule and rotate their moments."""
+    def _truncate(self, slots: list[Slot], before: Sequence[Tensor] = ()) -> None:
+        """Truncate cores by the rule and rotate their moments.
+
+        `before` holds the cores before the last step, if there is one to pay for the truncation.
+        """
         cuts = gt.truncate([slot.point for slot in slots], self._rule(slots))
         for slot, cut in zip(slots, cuts, strict=True):
             old = slot.point.ranks
@@ -349,42 +361,12 @@ class TDLRT(Optimizer):
 
     def _check_gradients(self) -> None:
         """Raise NonFiniteError if any gradient that would be used is not finite."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    _check_finite(parameter.grad, "a gradient")
+        parameters = {p: "a gradient" for group in self.param_groups for p in group["params"]}
         for slot in self._slots:
+            parameters[slot.core] = f"the gradient of {slot.name}.core"
             for mode, factor in enumerate(slot.factors):
-                if factor.grad is not None:
-                    _check_finite(factor.grad, f"the gradient of {slot.name}.factors.{mode}")
-
-    @contextmanager
-    def _all_or_nothing(self) -> Iterator[None]:
-        """Put parameters, state and counters back if the block raises."""
-        points = [_copy_point(slot.point) for slot in self._slots]
-        layers = [slot.layer for slot in self._slots if slot.layer is not None]
-        lifts = [(layer.armed, layer.narrow) for layer in layers]
-        gradients = {p: p.grad for slot in self._slots for p in (slot.core, *slot.factors)}
-        others = [p for g in self.param_groups for p in g["params"] if p not in gradients]
-        values = [p.detach().clone() for p in others]
-        state = {p: _copy_state(self.state[p]) for p in self.state}
-        phase = self._phase
-        try:
-            yield
-        except BaseException:
-            for slot, point in zip(self._slots, points, strict=True):
-                slot.write(point)
-            for parameter, gradient in gradients.items():
-                parameter.grad = gradient
-            for layer, lift in zip(layers, lifts, strict=True):
-                layer.armed, layer.narrow = lift
-            with torch.no_grad():
-                for parameter, value in zip(others, values, strict=True):
-                    parameter.copy_(value)
-            self.state.clear()
-            self.state.update(state)
-            self._phase = phase
-            raise
+                parameters[factor] = f"the gradient of {slot.name}.factors.{mode}"
+        check_finite((name, p.grad) for p, name in parameters.items() if p.grad is not None)
 
 
 def _disarm(layers: list[TuckerModule]) -> None:
@@ -401,6 +383,16 @@ def _trained_slots(model: nn.Module, optimizer: Optimizer) -> list[Slot]:
             "found none; call factorize(model) first and build the optimizer on its parameters"
         )
     return slots
+
+
+def _check_period(basis_every: Any, wide_steps: Any) -> None:
+    for name, value in (("basis_every", basis_every), ("wide_steps", wide_steps)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+    if wide_steps > basis_every:
+        raise ValueError(
+            f"wide_steps: expected at most basis_every = {basis_every}, got {wide_steps}"
+        )
 
 
 def _check_rules(ranks: Any, slots: list[Slot]) -> gt.RankRule | dict[str, gt.RankRule]:
@@ -441,15 +433,6 @@ def _factors_require_grad(slots: list[Slot], required: bool) -> Iterator[None]:
             factor.requires_grad_(flag)
 
 
-def _check_finite(tensor: Tensor, name: str) -> None:
-    values = tensor.coalesce().values() if tensor.is_sparse else tensor
-    if not bool(torch.isfinite(values).all()):
-        raise gt.NonFiniteError(
-            f"{name}: expected finite numbers, got NaN or infinity. The step was undone; "
-            "the usual causes are a learning rate that is too large and input that is not finite"
-        )
-
-
 def _check_shapes(state_dict: Mapping[str, Any], optimizer: Optimizer) -> None:
     """Raise ValueError if saved moments do not fit the parameters as they are now."""
     current = [p for group in optimizer.param_groups for p in group["params"]]
@@ -464,12 +447,3 @@ def _check_shapes(state_dict: Mapping[str, Any], optimizer: Optimizer) -> None:
                     "moment first"
                 )
 
-
-def _copy_point(point: gt.TuckerPoint) -> gt.TuckerPoint:
-    return gt.TuckerPoint(point.core.clone(), tuple(factor.clone() for factor in point.factors))
-
-
-def _copy_state(state: Any) -> Any:
-    if isinstance(state, dict):
-        return {k: v.clone() if torch.is_tensor(v) else copy.copy(v) for k, v in state.items()}
-    return copy.deepcopy(state)

@@ -15,16 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import geotucker as gt
 from geotucker_torch import _contract
-from geotucker_torch._contract import (
-    CONTRACTIONS,
-    Contraction,
-    Sizes,
-    cheapest,
-    dense_weight,
-    flops,
-    tucker_conv,
-    tucker_linear,
-)
+from geotucker_torch._contract import dense_weight, tucker_conv, tucker_linear
+from geotucker_torch._plan import CONTRACTIONS, Contraction, Sizes, cheapest, flops
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 EINSUM = {2: "ab,ia,jb->ij", 3: "abc,ia,jb,kc->ijk", 4: "abcd,ia,jb,kc,ld->ijkl"}

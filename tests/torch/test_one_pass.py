@@ -350,7 +350,7 @@ def test_with_layers_of_other_kinds_in_one_model():
 
 def test_layers_are_disarmed_between_and_when_the_optimizer_is_gone():
     model, x, y = data()
-    optimizer = TDLRT(sgd(model), model, basis_every=2)
+    optimizer = TDLRT(sgd(model), model, basis_every=2, wide_steps=2)
     (model(x) - y).square().sum().backward()
     optimizer.step()
     optimizer.zero_grad()

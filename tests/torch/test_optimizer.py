@@ -190,7 +190,7 @@ def test_factors_trainable_before_stay_trainable():
 def test_only_two_passes_call_the_closure_twice_and_only_to_extend_the_bases(one_pass):
     model, closure_for = problem()
     sgd = torch.optim.SGD(model.parameters(), 0.05)
-    optimizer = TDLRT(sgd, model, gt.Fixed(3), 3, one_pass=one_pass)
+    optimizer = TDLRT(sgd, model, gt.Fixed(3), basis_every=3, wide_steps=3, one_pass=one_pass)
     closure = closure_for(optimizer)
     calls, ranks = [], []
     for _ in range(6):
@@ -204,7 +204,7 @@ def test_only_two_passes_call_the_closure_twice_and_only_to_extend_the_bases(one
 
 def test_truncate_ends_a_period_early_and_only_the_cut_changes_the_model():
     model, closure_for = problem()
-    optimizer = TDLRT(torch.optim.SGD(model.parameters(), 0.05), model, gt.Tolerance(0.1), 10)
+    optimizer = TDLRT(torch.optim.SGD(model.parameters(), 0.05), model, gt.Tolerance(0.1), basis_every=10, wide_steps=10)
     closure = closure_for(optimizer)
     for _ in range(4):
         optimizer.step(closure)
@@ -314,7 +314,7 @@ def test_resume_is_bit_identical(every, rule, tmp_path):
     def build():
         model, closure_for = problem()
         adam = torch.optim.Adam(model.parameters(), 1e-2)
-        optimizer = TDLRT(adam, model, rule, every)
+        optimizer = TDLRT(adam, model, rule, basis_every=every, wide_steps=every)
         return model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 3), closure_for
 
     def advance(model, optimizer, scheduler, closure_for, steps):
@@ -365,7 +365,7 @@ class Broken(torch.optim.SGD):
 def test_a_failed_step_changes_nothing(fault, every, one_pass):
     model, closure_for = problem()
     wrapped = Broken(model.parameters(), 0.1, momentum=0.9)
-    optimizer = TDLRT(wrapped, model, gt.Tolerance(0.05), every, one_pass)
+    optimizer = TDLRT(wrapped, model, gt.Tolerance(0.05), basis_every=every, wide_steps=every, one_pass=one_pass)
     good = closure_for(optimizer)
     for _ in range(every):
         optimizer.step(good)

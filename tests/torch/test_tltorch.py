@@ -55,7 +55,7 @@ def test_trains(tltorch, name, rule, every):
     x = torch.randn(shape)
     with torch.no_grad():
         target = torch.randn_like(layer(x))
-    optimizer = TDLRT(torch.optim.SGD(layer.parameters(), 0.05, momentum=0.5), layer, rule, every)
+    optimizer = TDLRT(torch.optim.SGD(layer.parameters(), 0.05, momentum=0.5), layer, rule, basis_every=every, wide_steps=every)
 
     def closure():
         optimizer.zero_grad()

@@ -134,7 +134,7 @@ def build_networks(config: Config, data: DataSet) -> list[Network]:
         model.to(config.device)
         optimizer: Optimizer | TDLRT = _optimizer(model, config)
         if name == "tucker":
-            optimizer = TDLRT(optimizer, model, _rule(config), config.basis_every)
+            optimizer = TDLRT(optimizer, model, _rule(config), basis_every=config.basis_every)
         order = Order(len(data.train_labels), int(config.batch_size or 0), config.seed)
         networks.append(Network(name, size, model, optimizer, _random_state(), order=order))
     return networks
