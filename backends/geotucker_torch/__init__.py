@@ -2,10 +2,12 @@
 
 `factorize` replaces the Linear and convolutional layers of a model by Tucker layers, whose
 weights are a core and orthonormal factors, and `densify` goes back. `TDLRT` wraps a torch
-optimizer and trains them: it moves the bases and adapts the ranks.
+optimizer and trains them: it moves the bases and adapts the ranks. `optimize_for_inference` turns
+a trained model into plain modules, each the fastest by measurement.
 """
 
 from ._factorize import Factorization, FactorizedLayer, densify, factorize, plan
+from ._inference import optimize_for_inference
 from ._layers import TuckerConv1d, TuckerConv2d, TuckerConv3d, TuckerLinear, TuckerModule
 from ._optimizer import TDLRT
 
@@ -20,5 +22,6 @@ __all__ = [
     "TuckerModule",
     "densify",
     "factorize",
+    "optimize_for_inference",
     "plan",
 ]

@@ -248,4 +248,3 @@ def fold_channels(
 def _move(tensor: Tensor, axis: int, factor: Tensor) -> Tensor:
     """Multiply an axis by a factor and put it last."""
     return torch.tensordot(tensor, factor, ([axis], [1]))  # type: ignore[arg-type]
-

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import chain
 from typing import Any, TypeAlias, TypeVar
@@ -21,6 +21,7 @@ from ._layers import (
     TuckerModule,
     decompose,
 )
+from ._rules import whole_model
 
 __all__ = ["Factorization", "FactorizedLayer", "densify", "factorize", "plan"]
 
@@ -145,9 +146,10 @@ def factorize(
     types: Iterable[type[nn.Module]] = _TYPES,
     include: Selection = None,
     exclude: Selection = None,
+    rescale: bool | None = None,
     verbose: bool = True,
 ) -> _Model | TuckerModule:
-    """Replace the dense layers of a model by Tucker layers of nearly the same weights.
+    """Replace the dense layers of a model by Tucker layers, by the HOSVD of their weights.
 
     The model is changed in place; only a model that is itself a dense layer is returned
     replaced. Everything is computed before anything is replaced. Biases stay the same
@@ -162,15 +164,20 @@ def factorize(
     model : nn.Module
         Any model.
     ranks : rank rule, int, float, tuple, or mapping from pattern to one of these
-        See `geotucker.Fixed` and `geotucker.Tolerance`. In a mapping the first pattern that
-        matches a layer's dotted name counts, and layers without a match stay dense. A rule
-        that weighs layers against each other sees all of its layers together.
+        See `geotucker.Fixed`, `geotucker.Tolerance` and `geotucker.Budget`. In a mapping the first
+        pattern that matches a layer's dotted name counts, and layers without a match stay dense.
+        A rule that weighs layers against each other sees all of its layers together. A budget
+        is one for the whole model (in parameters or bytes); in a mapping, for its layers.
     types : iterable of type
         Among ``nn.Linear``, ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d`` (default: all).
     include, exclude : str, sequence of str, or callable, optional
         Which layers: patterns with the wildcards of `fnmatch` for the dotted name, or a
         predicate ``(name, module) -> bool``. Default: all, and none. A shared layer is
         matched if one of its names is.
+    rescale : bool, optional
+        Whether truncated weights are scaled up towards the norm of the dense ones instead of
+        being the nearest to them. By default those are that are untrained: the HOSVD of noise
+        keeps little of its energy, and signals would fade from layer to layer.
     verbose : bool
         Whether the table is printed.
 
@@ -197,7 +204,7 @@ def factorize(
     """
     candidates = _survey(model, ranks, types, include, exclude)
     summary = _summary(model, candidates, (ranks, include, exclude))
-    successors = {c.module: c.successor() for c in candidates if c.ranks is not None}
+    successors = {c.module: c.successor(rescale) for c in candidates if c.ranks is not None}
     if verbose:
         print(summary)
     return _swap(model, successors)
@@ -258,14 +265,14 @@ class _Candidate:
             verb = "grow" if size > dense else "not shrink"
             self.reason = f"would {verb}: {size:,} for {dense:,} weights at ranks {ranks}"
 
-    def successor(self) -> TuckerModule:
+    def successor(self, rescale: bool | None) -> TuckerModule:
         """Build the layer that takes the place of this one."""
         kind = _TUCKER[type(self.module)]
         if self.point is not None:
-            return kind._from_point(self.module, self.point)
+            return kind._from_point(self.module, self.point, rescale)
         assert self.ranks is not None
         with _blamed_on(self):
-            return kind.from_dense(self.module, self.ranks)
+            return kind.from_dense(self.module, self.ranks, rescale=rescale)
 
 
 def _survey(
@@ -297,8 +304,33 @@ def _survey(
             if not candidate.reason:
                 wanted[patterns[0]].append(candidate)
     for pattern, chosen in wanted.items():
-        _decide(chosen, rules[pattern])
+        if isinstance(ranks, gt.Budget):
+            _share(chosen, ranks, model)
+        else:
+            _decide(chosen, rules[pattern])
     return candidates
+
+
+def _share(candidates: list[_Candidate], budget: gt.Budget, model: nn.Module) -> None:
+    """Share a budget for the whole model; what layers that stay dense take is spent first."""
+    points = [_decomposed(candidate, gt.Tolerance(0.0)) for candidate in candidates]
+    pairs = list(zip(candidates, points, strict=True))
+    while pairs:
+        chosen = {candidate.module.weight: point for candidate, point in pairs}
+        rule = whole_model(replace(budget, steps=0, start=None), model, chosen, dense=True)
+        cuts = gt.truncate([point for _, point in pairs], rule)
+        for (candidate, _), cut in zip(pairs, cuts, strict=True):
+            candidate.point, candidate.ranks, candidate.reason = cut.point, None, ""
+            candidate.decide(cut.point.ranks)
+        shrinking = [pair for pair in pairs if pair[0].ranks is not None]
+        if len(shrinking) == len(pairs):
+            return
+        pairs = shrinking
+
+
+def _decomposed(candidate: _Candidate, rule: gt.RankRule) -> gt.TuckerPoint:
+    with _blamed_on(candidate):
+        return decompose(candidate.module.weight, rule)
 
 
 def _decide(candidates: list[_Candidate], rule: gt.RankRule) -> None:
@@ -308,12 +340,9 @@ def _decide(candidates: list[_Candidate], rule: gt.RankRule) -> None:
             with _blamed_on(candidate):
                 candidate.decide(rule.for_shape(candidate.shape))
         return
-    points = []
     # A rule that is not per mode may weigh tensors against each other: it sees all at once.
     first = rule if isinstance(rule, gt.ModeRule) else gt.Tolerance(0.0)
-    for candidate in candidates:
-        with _blamed_on(candidate):
-            points.append(decompose(candidate.module.weight, first))
+    points = [_decomposed(candidate, first) for candidate in candidates]
     if first is not rule and points:
         points = [truncation.point for truncation in gt.truncate(points, rule)]
     for candidate, point in zip(candidates, points, strict=True):

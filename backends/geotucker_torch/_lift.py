@@ -7,11 +7,12 @@ armed layer
 
 1. forms the gradients ``grad_{K_i} L = G_i Q_i`` of Theorem 2.1 (arXiv:2305.19059), mode by mode;
 2. extends its bases by them and pads its core with zeros, in place (the weight does not change);
-3. leaves the gradient of the wider core in ``core.grad``.
+3. leaves the gradient of the wider core in ``core.grad``: all of it (the Galerkin step of TDLRT),
+   or its projection on the tangent space, which needs nothing beyond ``grad_C L`` and step 1.
 
-From then on everything is ordinary: further micro-batches run in the wide bases and their
-gradients add up, gradients can be clipped and scaled, and the wrapped optimizer steps a core
-that is just larger.
+From then on everything is ordinary: gradients can be clipped and scaled, further micro-batches add
+theirs in the same bases, and the wrapped optimizer steps a core that is just larger. Until the
+step the weight is that of the narrow point, so that is what further passes contract.
 
 *No inverse.* ``grad_{U_i} L = (grad_{K_i} L) S_i^T`` is what autograd would give; it scales each
 direction by a singular value, and small ones drown in rounding. Here the forward pass runs in the
@@ -22,22 +23,42 @@ factor is folded into the kernel) are ``G_i Q_i``, from the kernel's gradient.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+import geotucker as gt
 from geotucker import _ops
-from geotucker._geometry import gauge
+from geotucker._geometry import gauge, tangent_core
 
 from ._contract import core_gradient, fold_channels, fold_spatial, without_autocast
-from ._plan import Contraction, Sizes, cheapest
+from ._plan import cheapest
 
 if TYPE_CHECKING:
     from ._layers import TuckerModule
 
-__all__ = ["lifting"]
+__all__ = ["Extension", "lifting"]
+
+
+class Extension(NamedTuple):
+    """How a layer extends its bases; set by an optimizer.
+
+    Parameters
+    ----------
+    galerkin : bool
+        Whether the gradient of the wider core is the whole one or a tangent vector.
+    pace : float
+        Factor of the gradient in the new directions: if the bases move in every k-th step only, k
+        of them stands for k steps of the flow.
+    drift : tuple of Tensor, shapes (n_i, r_i), optional
+        What the optimizer's moments add to the directions, in the units of its gradients.
+    """
+
+    galerkin: bool = True
+    pace: float = 1.0
+    drift: tuple[Tensor, ...] | None = None
 
 
 def lifting(layer: "TuckerModule", x: Tensor) -> Tensor:
@@ -61,53 +82,48 @@ class _Lifting(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, core: Tensor, bias: Tensor | None, layer: "TuckerModule"
     ) -> Tensor:
-        # `core` is an argument so that the output asks for gradients. It and the factors are
-        # read as `.data`: these aliases keep the old values when the lift writes new ones.
-        core, factors = core.data, [factor.data for factor in layer.factors]
+        # `core` is an argument so that the output asks for gradients. The point shares memory with
+        # the parameters and keeps the old values when the lift gives them new memory.
+        point = layer.point if layer.narrow is None else layer.narrow
         layer_map, kind = layer.map, x.device.type
-        layer_map.check(x, factors[1].shape[0])
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        ctx.layer, ctx.x, ctx.core, ctx.factors, ctx.dtype = layer, x.detach(), core, factors, dtype
-        with without_autocast(core):
-            rows = layer_map.enter(_cast(ctx.x, dtype))
-            sizes = layer_map.sizes(rows, core, factors[0], factors[1])
-            ctx.sizes, ctx.order = sizes, cheapest(sizes)
-            u_in = _cast(factors[1], dtype)
-            a = layer_map.project_input(rows, u_in) if ctx.order.project_input else rows
-            own_bias = None if bias is None else _cast(bias.detach(), dtype)
-            if ctx.order.project_output:
-                gauged, s = gauge(core, 0)
-                kernel = _cast(_kernel(gauged, factors, ctx.order, sizes), dtype)
-                b = layer_map.apply(a, kernel, None, split=True)
-                y = layer_map.spread_output(b, _cast(factors[0] @ s, dtype), own_bias)
+        layer_map.check(x, point.shape[1])
+        ctx.layer, ctx.x, ctx.point, ctx.gauges = layer, x.detach(), point, {}
+        ctx.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        with without_autocast(point.core):
+            rows = layer_map.enter(_cast(ctx.x, ctx.dtype))
+            u_out, u_in = point.factors[:2]
+            ctx.sizes = layer_map.sizes(rows, point.core, u_out, u_in)
+            ctx.order = order = cheapest(ctx.sizes)
+            a = rows
+            if order.project_input:
+                a = layer_map.project_input(rows, _cast(u_in, ctx.dtype))
+            own_bias = None if bias is None else _cast(bias.detach(), ctx.dtype)
+            b = None
+            if order.project_output:
+                gauged, s = _gauge(ctx, 0)
+                b = layer_map.apply(a, _kernel(ctx, gauged), None, split=True)
+                y = layer_map.spread_output(b, _cast(u_out @ s, ctx.dtype), own_bias)
             else:
-                b = None
-                kernel = _cast(_kernel(core, factors, ctx.order, sizes), dtype)
-                y = layer_map.apply(a, kernel, own_bias, split=False)
+                y = layer_map.apply(a, _kernel(ctx, point.core), own_bias, split=False)
         ctx.rows, ctx.a, ctx.b = rows, a, b
+        layer.sizes = ctx.sizes
         return layer_map.leave(y, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        layer, factors, order, dtype = ctx.layer, ctx.factors, ctx.order, ctx.dtype
+        layer, order, dtype = ctx.layer, ctx.order, ctx.dtype
         layer_map = layer.map
-        with without_autocast(ctx.core):
+        with without_autocast(ctx.point.core):
             g = layer_map.enter_gradient(_cast(g, dtype), ctx.x)
-            u_out = _cast(factors[0], dtype)
-            h = layer_map.project_output(g, u_out) if order.project_output else g
+            h = g
+            if order.project_output:
+                h = layer_map.project_output(g, _cast(ctx.point.factors[0], dtype))
             dx, grad_k_in = _input_gradients(ctx, h)
-            lifts = layer.armed
-            if lifts:
-                directions = _directions(ctx, g, h, grad_k_in)
-                lifts = _all_finite(directions)
-            if lifts:
-                layer.lift(directions)
-            # Another use of the layer in this graph may have extended the bases before.
-            bases = [_cast(factor.data, dtype) for factor in layer.factors]
-            a = ctx.a if order.project_input else None
-            known = (h if order.project_output else None, a) if lifts else (None, None)
-            gradient = core_gradient(layer_map, ctx.rows, g, bases, known, ctx.core.shape[:2])
+            gradient = _lift(ctx, g, h, grad_k_in)
+            if gradient is None:  # not to be lifted, or lifted by a pass at another point
+                bases = [_cast(factor.data, dtype) for factor in layer.factors]
+                gradient = core_gradient(layer_map, ctx.rows, g, bases)
             gradient = gradient.to(layer.core.dtype)
             layer.core.grad = gradient if layer.core.grad is None else layer.core.grad + gradient
             bias = layer_map.bias_gradient(g) if ctx.needs_input_grad[2] else None
@@ -116,54 +132,118 @@ class _Lifting(torch.autograd.Function):
         return None if dx is None else dx.to(ctx.x.dtype), None, bias, None
 
 
+def _lift(ctx: Any, g: Tensor, h: Tensor, grad_k_in: Tensor | None) -> Tensor | None:
+    """Extend the bases if the layer is armed; return the gradient of the core in wide bases.
+
+    None where the bases are not an extension of those of the forward pass.
+    """
+    layer, narrow, extension = ctx.layer, ctx.point, ctx.layer.extension
+    armed = layer.armed and _same(narrow, layer.point)
+    if not armed and not (layer.narrow is not None and _same(narrow, layer.narrow)):
+        return None
+    tangent = None
+    if armed or not extension.galerkin:
+        tangent = _directions(ctx, g, h, grad_k_in)
+    if armed:
+        assert tangent is not None
+        if not _all_finite(tangent):
+            return None
+        layer.lift(_with_drift(tangent, extension.drift, layer.loss_scale))
+    wide = layer.point
+    bases = [_cast(u, ctx.dtype) for u in (wide.factors if extension.galerkin else narrow.factors)]
+    known = (h if ctx.order.project_output else None, ctx.a if ctx.order.project_input else None)
+    core = core_gradient(layer.map, ctx.rows, g, bases, known, narrow.ranks)
+    core = core.to(narrow.core.dtype)
+    old = tuple(slice(rank) for rank in narrow.ranks)
+    if tangent is not None and not extension.galerkin:
+        right = [q and _ops.unfold(q[0], mode).T for mode, q in _gauges(ctx)]
+        core = tangent_core(narrow, wide, gt.TuckerTangent(core, tuple(tangent)), right)
+    if extension.pace != 1.0:
+        paced = extension.pace * core
+        paced[old] = core[old]
+        core = paced
+    if armed:
+        layer.lifted_norm = core.abs().amax()  # squares of a scaled loss's gradient may overflow
+    return core
+
+
+def _with_drift(
+    gradients: Sequence[Tensor], drift: Sequence[Tensor] | None, scale: Tensor | float
+) -> list[Tensor]:
+    """Add what the moments contribute; gradients may be those of a scaled loss."""
+    if drift is None:
+        return list(gradients)
+    pairs = zip(gradients, drift, strict=True)
+    moved = [d + scale * v if d.shape == v.shape else d for d, v in pairs]
+    return moved if _all_finite(moved) else list(gradients)
+
+
+def _same(a: gt.TuckerPoint, b: gt.TuckerPoint) -> bool:
+    """Tell whether two points share their memory."""
+    return a.core.data_ptr() == b.core.data_ptr() and a.ranks == b.ranks
+
+
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor if dtype is None else tensor.to(dtype)
 
 
-def _kernel(core: Tensor, factors: Sequence[Tensor], order: Contraction, sizes: Sizes) -> Tensor:
+def _gauge(ctx: Any, mode: int) -> tuple[Tensor, Tensor]:
+    if mode not in ctx.gauges:
+        ctx.gauges[mode] = gauge(ctx.point.core, mode)
+    gauged: tuple[Tensor, Tensor] = ctx.gauges[mode]
+    return gauged
+
+
+def _gauges(ctx: Any) -> list[tuple[int, tuple[Tensor, Tensor] | None]]:
+    """Return the gauges of the modes whose bases are not complete."""
+    complete = [factor.shape[0] == factor.shape[1] for factor in ctx.point.factors]
+    return [(mode, None if full else _gauge(ctx, mode)) for mode, full in enumerate(complete)]
+
+
+def _kernel(ctx: Any, core: Tensor) -> Tensor:
+    factors = ctx.point.factors
     kernel = fold_spatial(core, factors[2:])
-    return fold_channels(kernel, factors[0], factors[1], order, sizes)
+    return _cast(fold_channels(kernel, factors[0], factors[1], ctx.order, ctx.sizes), ctx.dtype)
 
 
 def _input_gradients(ctx: Any, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradient of the input, and with respect to K_in if U_in is projected."""
-    layer_map, order, dtype = ctx.layer.map, ctx.order, ctx.dtype
-    split, wanted = order.project_output, ctx.needs_input_grad[0]
-    core, s = gauge(ctx.core, 1) if order.project_input else (ctx.core, None)
+    layer_map, order, wanted = ctx.layer.map, ctx.order, ctx.needs_input_grad[0]
+    core, s = _gauge(ctx, 1) if order.project_input else (ctx.point.core, None)
     if s is None and not wanted:
         return None, None
-    kernel = _cast(_kernel(core, ctx.factors, order, ctx.sizes), dtype)
-    d = layer_map.input_gradient(h, kernel, ctx.a, split)
+    d = layer_map.input_gradient(h, _kernel(ctx, core), ctx.a, order.project_output)
     if s is None:
         return layer_map.leave_gradient(d, ctx.x), None
     grad_k_in = layer_map.input_factor_gradient(ctx.rows, d)
     if not wanted:
         return None, grad_k_in
-    dx = layer_map.spread_input(d, _cast(ctx.factors[1] @ s, dtype))
+    dx = layer_map.spread_input(d, _cast(ctx.point.factors[1] @ s, ctx.dtype))
     return layer_map.leave_gradient(dx, ctx.x), grad_k_in
 
 
 def _directions(ctx: Any, g: Tensor, h: Tensor, grad_k_in: Tensor | None) -> list[Tensor]:
     """Return the ``grad_{K_i} L`` of all modes; of modes whose basis is complete, nothing."""
-    layer_map, order, core = ctx.layer.map, ctx.order, ctx.core
+    layer_map, order, core, factors = ctx.layer.map, ctx.order, ctx.point.core, ctx.point.factors
+    gauges = _gauges(ctx)
     found: list[Tensor | None] = [None] * core.dim()
-    if order.project_output:
+    if order.project_output and gauges[0][1] is not None:
         found[0] = layer_map.output_factor_gradient(g, ctx.b)
     found[1] = grad_k_in
-    for mode, factor in enumerate(ctx.factors):
-        if factor.shape[0] == factor.shape[1]:
-            found[mode] = factor[:, :0]
+    for mode, gauged in gauges:
+        if gauged is None:
+            found[mode] = factors[mode][:, :0]
     if any(direction is None for direction in found):
         kernel = layer_map.kernel_gradient(ctx.a, h, split=order.project_output).to(core.dtype)
         # Projected axes are in their bases already.
         done = (order.project_output, order.project_input, *[False] * (core.dim() - 2))
-        for mode in (mode for mode, direction in enumerate(found) if direction is None):
-            others = kernel
-            for axis, factor in enumerate(ctx.factors):
-                if axis != mode and not done[axis]:
-                    others = _ops.mode_product(others, factor, axis, transpose=True)
-            gauged, _ = gauge(core, mode)
-            found[mode] = _ops.unfold(others, mode) @ _ops.unfold(gauged, mode).T
+        for mode, gauged in gauges:
+            if found[mode] is None and gauged is not None:
+                others = kernel
+                for axis, factor in enumerate(factors):
+                    if axis != mode and not done[axis]:
+                        others = _ops.mode_product(others, factor, axis, transpose=True)
+                found[mode] = _ops.unfold(others, mode) @ _ops.unfold(gauged[0], mode).T
     return [d.to(core.dtype) for d in found if d is not None]
 
 

@@ -4,7 +4,6 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -12,14 +11,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import geotucker as gt
-from geotucker._ranks import PerTensor
+from geotucker._geometry import gauge
 
 from ._guard import check_finite, restored_if_it_fails
 from ._layers import TuckerModule
+from ._lift import Extension
+from ._rules import Rules, flops_of
 from ._slots import Slot, find_slots
-from ._state import lift_state, rotate_state
+from ._state import carry_state, drift, lift_state
 
-__all__ = ["TDLRT"]
+__all__ = ["INTEGRATORS", "TDLRT"]
+
+INTEGRATORS = ("tangent", "tdlrt")
 
 
 class TDLRT(Optimizer):
@@ -107,8 +110,8 @@ class TDLRT(Optimizer):
         model: nn.Module,
         ranks: Any = None,
         *,
+        integrator: str = "tangent",
         basis_every: int = 1,
-        wide_steps: int = 1,
         one_pass: bool = True,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
@@ -120,22 +123,24 @@ class TDLRT(Optimizer):
                 f"optimizer: {type(optimizer).__name__} cannot be wrapped; use SGD, Adam or "
                 "another optimizer that keeps its state per parameter"
             )
-        _check_period(basis_every, wide_steps)
+        if isinstance(basis_every, bool) or not isinstance(basis_every, int) or basis_every < 1:
+            raise ValueError(f"basis_every: expected a positive integer, got {basis_every!r}")
+        if integrator not in INTEGRATORS:
+            raise ValueError(f"integrator: expected one of {INTEGRATORS}, got {integrator!r}")
         slots = _trained_slots(model, optimizer)
-        self._rules = _check_rules(ranks, slots)
+        self._rules = Rules.of(ranks, model, slots)
         self.wrapped = optimizer
         # Not Optimizer.__init__, which would make param groups and state of its own:
         # only what hooks and profiling need.
         super().__setstate__({})
+        self.integrator = integrator
         self.basis_every = basis_every
-        self.wide_steps = wide_steps
         self._slots = slots
-        self._phase = 0  # steps since the bases were extended, modulo basis_every
+        self._steps = 0
         for slot in slots:
             _orthonormalise(slot)
             for factor in slot.factors:  # Adagrad makes its state beforehand
                 self.state.pop(factor, None)
-        self._first_ranks = self.ranks
         self.one_pass = one_pass
         self._arm()
         # Without this optimizer nobody would truncate what they extend.
@@ -181,7 +186,7 @@ class TDLRT(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the wrapped optimizer's ``state_dict`` with the entry ``"tdlrt"`` added."""
-        own = {"phase": self._phase, "first_ranks": self._first_ranks}
+        own = {"steps": self._steps, "first_ranks": self._rules.first}
         return {**self.wrapped.state_dict(), "tdlrt": own}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -208,8 +213,9 @@ class TDLRT(Optimizer):
             )
         _check_shapes(state_dict, self.wrapped)
         self.wrapped.load_state_dict({k: v for k, v in state_dict.items() if k != "tdlrt"})
-        self._phase = int(own["phase"]) % self.basis_every
-        self._first_ranks = {name: tuple(ranks) for name, ranks in own["first_ranks"].items()}
+        self._steps = int(own["steps"])
+        first = {name: tuple(ranks) for name, ranks in own["first_ranks"].items()}
+        self._rules = Rules(self._rules.rules, first)
         self._arm()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -246,7 +252,7 @@ class TDLRT(Optimizer):
         """
         slots = self._trained()
         foreign = [s for s in slots if s.layer is None or not self.one_pass]
-        if closure is None and foreign and self._phase == 0:
+        if closure is None and foreign and self._moves_bases:
             raise TypeError(
                 "closure: expected a function that resets the gradients, computes the loss, "
                 "calls backward and returns the loss; got None. The bases of "
@@ -254,27 +260,28 @@ class TDLRT(Optimizer):
             )
         loss = None
         with restored_if_it_fails(self, self._slots), torch.no_grad():
+            previous = [_narrow_ranks(slot) for slot in slots]
             if closure is not None:
                 loss = self._evaluate(torch.enable_grad()(closure), foreign)
             self._check_gradients()
             self._settle(slots)
-            before = [slot.core.detach().clone() for slot in slots] if self._truncates else []
+            before = [slot.core.detach().clone() for slot in slots] if self._moves_bases else []
             self.wrapped.step()
             check_finite((f"{s.name}.core after the step", s.core) for s in slots)
-            if self._truncates:
-                self._truncate(slots, before)
-            self._phase = (self._phase + 1) % self.basis_every
+            if self._moves_bases:
+                self._truncate(slots, list(map(_facts, slots, previous, before)))
+            self._steps += 1
             self._arm()
         return loss
 
     @property
-    def _truncates(self) -> bool:
-        """Whether the coming step is the last one in wide bases."""
-        return self._phase + 1 == self.wide_steps
+    def _moves_bases(self) -> bool:
+        """Whether the coming step moves the bases."""
+        return self._steps % self.basis_every == 0
 
     def _evaluate(self, closure: Callable[[], Any], foreign: list[Slot]) -> Any:
         """Run the closure, and once more if bases are to be extended from outside a layer."""
-        extend = bool(foreign) and self._phase == 0
+        extend = bool(foreign) and self._moves_bases
         with _factors_require_grad(foreign, extend):
             loss = closure()
         if extend:
@@ -286,30 +293,27 @@ class TDLRT(Optimizer):
 
     def _arm(self) -> None:
         """Have our own layers extend their bases in the next backward pass, or not."""
+        groups = {p: group for group in self.param_groups for p in group["params"]}
         for slot in self._slots:
             if slot.layer is not None:
-                slot.layer.armed = self.one_pass and self._phase == 0
+                slot.layer.armed = self.one_pass and self._moves_bases
+                slot.layer.extension = Extension(
+                    self.integrator == "tdlrt",
+                    self._pace,
+                    drift(self.state.get(slot.core, {}), groups[slot.core]),
+                )
+
+    @property
+    def _pace(self) -> float:
+        return float(self.basis_every)
 
     def _settle(self, slots: list[Slot]) -> None:
         """Make the lifts of the backward pass final, and lift the moments after them."""
         for slot in slots:
             if slot.layer is not None and slot.layer.narrow is not None:
-                old, new = slot.layer.narrow.ranks, slot.point.ranks
+                old, new = slot.layer.narrow, slot.point
                 self._carry(slot, lambda state, o=old, n=new: lift_state(state, o, n))
-                slot.layer.narrow = None
-
-    def truncate(self) -> None:
-        """Truncate all Tucker tensors now, by the rank rule, unless the last step has done so.
-
-        With ``wide_steps`` above 1 call it before measuring or saving the model; the next step
-        extends the bases again.
-        """
-        if not 0 < self._phase < self.wide_steps:
-            return
-        with restored_if_it_fails(self, self._slots), torch.no_grad():
-            self._truncate(self._trained())
-            self._phase = 0
-            self._arm()
+                slot.layer.settle()
 
     def _trained(self) -> list[Slot]:
         """Return the Tucker tensors that are not frozen now."""
@@ -323,37 +327,28 @@ class TDLRT(Optimizer):
         for group in self.param_groups:  # the second pass starts from nothing
             for parameter in group["params"]:
                 parameter.grad = None
+        groups = {p: group for group in self.param_groups for p in group["params"]}
         for slot, directions in zip(used, gradients, strict=True):
             old = slot.point
+            moving = drift(self.state.get(slot.core, {}), groups[slot.core])
+            if moving is not None:  # in the units of grad_{U_i} = (grad_{K_i}) S_i^T
+                s = [gauge(old.core, mode)[1] for mode in range(old.order)]
+                directions = [
+                    d + v[:, : t.shape[1]] @ t.T
+                    for d, v, t in zip(directions, moving, s, strict=True)
+                ]
             wide = gt.augment(old, directions)
             slot.write(wide)
-            self._carry(slot, lambda state, o=old, w=wide: lift_state(state, o.ranks, w.ranks))
+            self._carry(slot, lambda state, o=old, w=wide: lift_state(state, o, w))
 
-    def _truncate(self, slots: list[Slot], before: Sequence[Tensor] = ()) -> None:
-        """Truncate cores by the rule and rotate their moments.
-
-        `before` holds the cores before the last step, if there is one to pay for the truncation.
-        """
-        cuts = gt.truncate([slot.point for slot in slots], self._rule(slots))
-        for slot, cut in zip(slots, cuts, strict=True):
-            old = slot.point.ranks
+    def _truncate(self, slots: list[Slot], facts: Sequence[gt.Facts]) -> None:
+        """Truncate cores by the rule and carry their moments along."""
+        rule = self._rules.in_force(self._steps, [slot.name for slot in slots])
+        wides = [slot.point for slot in slots]
+        cuts = gt.truncate(wides, rule, facts)
+        for slot, wide, cut in zip(slots, wides, cuts, strict=True):
             slot.write(cut.point)
-            self._carry(slot, lambda state, o=old, c=cut: rotate_state(state, o, c.rotations))
-
-    def _rule(self, slots: list[Slot]) -> gt.RankRule:
-        """Return one rule for all slots; tensors that no pattern names keep their ranks."""
-        if not isinstance(self._rules, dict):
-            return self._rules
-        rules = self._rules.items()
-        return PerTensor(
-            tuple(
-                next(
-                    (rule for pattern, rule in rules if fnmatchcase(slot.name, pattern)),
-                    gt.Fixed(self._first_ranks[slot.name]),
-                )
-                for slot in slots
-            )
-        )
+            self._carry(slot, lambda state, w=wide, c=cut: carry_state(state, w, c))
 
     def _carry(self, slot: Slot, transport: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         if slot.core in self.state:
@@ -385,26 +380,20 @@ def _trained_slots(model: nn.Module, optimizer: Optimizer) -> list[Slot]:
     return slots
 
 
-def _check_period(basis_every: Any, wide_steps: Any) -> None:
-    for name, value in (("basis_every", basis_every), ("wide_steps", wide_steps)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: expected a positive integer, got {value!r}")
-    if wide_steps > basis_every:
-        raise ValueError(
-            f"wide_steps: expected at most basis_every = {basis_every}, got {wide_steps}"
-        )
+def _narrow_ranks(slot: Slot) -> tuple[int, ...]:
+    """Return the ranks before a backward pass has extended the bases."""
+    narrow = None if slot.layer is None else slot.layer.narrow
+    return (slot.point if narrow is None else narrow).ranks
 
 
-def _check_rules(ranks: Any, slots: list[Slot]) -> gt.RankRule | dict[str, gt.RankRule]:
-    """Return a rule for all tensors, or rules by pattern (none if ranks stay as they are)."""
-    if ranks is not None and not isinstance(ranks, Mapping):
-        return gt.as_rule(ranks)
-    rules = {pattern: gt.as_rule(rule) for pattern, rule in (ranks or {}).items()}
-    for pattern in rules:
-        if not any(fnmatchcase(slot.name, pattern) for slot in slots):
-            names = ", ".join(slot.name for slot in slots)
-            raise gt.RankError(f"ranks: the pattern {pattern!r} names none of {names}")
-    return rules
+def _facts(slot: Slot, previous: tuple[int, ...], before: Tensor) -> gt.Facts:
+    """Return what rank rules may want to know after a step of the core."""
+    allowance = None
+    if slot.core.grad is not None:
+        gradient, core = slot.core.grad.double(), slot.core.detach()
+        descent = torch.sum(gradient * (before - core)) / gradient.norm()
+        allowance = max(0.0, float(torch.nan_to_num(descent)))
+    return gt.Facts(previous, allowance, flops_of(slot.layer))
 
 
 def _orthonormalise(slot: Slot) -> None:
@@ -446,4 +435,3 @@ def _check_shapes(state_dict: Mapping[str, Any], optimizer: Optimizer) -> None:
                     f"of shape {tuple(parameter.shape)}; load the model's state_dict of the same "
                     "moment first"
                 )
-

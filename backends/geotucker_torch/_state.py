@@ -1,50 +1,96 @@
-"""The wrapped optimizer's state for a core, carried through basis change and truncation."""
+"""The wrapped optimizer's state for a core, carried through basis change and truncation.
 
-from collections.abc import Callable, Sequence
+The part of a linear moment in the core's coordinates stays where the optimizer keeps it; the
+part that moves the bases lies beside it, in ``state[core]["tangent"]``: by name of the moment, one
+tensor of shape (n_i, r_i) per mode (see `geotucker._moments`).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from geotucker._moments import lift, rotate
+import geotucker as gt
+from geotucker._moments import carry, lift, lift_squares, rotate_squares, zero
 
-__all__ = ["lift_state", "rotate_state"]
+__all__ = ["carry_state", "drift", "lift_state"]
 
+_TANGENT = "tangent"
 # Second moments of torch.optim, which have no exact transport (see geotucker._moments).
 _SECOND = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta", "exp_inf"}
 # Bound to coordinates: means nothing in other bases.
 _COORDINATE = {"step_size"}
+# The mean of centred RMSprop, which subtracts its square from the second moment: transported, the
+# two would not fit, and their difference could be negative. From zero it is learnt anew.
+_FORGOTTEN = {"grad_avg"}
 
 
-def lift_state(state: dict[str, Any], shape: Sequence[int], ranks: Sequence[int]) -> dict[str, Any]:
-    """Return the state for a core that was padded from `shape` to `ranks`.
-
-    State that is shaped like the core is padded with zeros, scalars stay, and if any tensor
-    has another shape the whole state is reset: it cannot be carried.
-    """
-    return _carried(state, shape, lambda _, moment: lift(moment, ranks))
-
-
-def rotate_state(
-    state: dict[str, Any], shape: Sequence[int], rotations: Sequence[Tensor]
+def lift_state(
+    state: dict[str, Any],
+    point: gt.TuckerPoint,
+    wide: gt.TuckerPoint,
+    right: Sequence[Tensor] | None = None,
 ) -> dict[str, Any]:
-    """Return the state for a core of `shape` that was rotated by the P_i of a truncation.
+    """Return the state for the core of ``wide = augment(point, ...)``.
 
-    Second moments (known by name) use the squared entries of the P_i, all else transforms
-    like the core.
+    Linear moments are written in the wide bases, second ones get means; if any tensor has another
+    shape than the core the whole state is reset: it cannot be carried.
     """
-    return _carried(state, shape, lambda key, m: rotate(m, rotations, squared=key in _SECOND))
+    tangent = state.get(_TANGENT, {})
+
+    def lifted(key: str, moment: Tensor) -> Tensor:
+        if key in _SECOND:
+            return lift_squares(moment, wide.ranks)
+        return lift(point, wide, gt.TuckerTangent(moment, tangent.get(key, zero(point))), right)
+
+    return _mapped(state, point.ranks, lifted)
 
 
-def _carried(
-    state: dict[str, Any], shape: Sequence[int], carry: Callable[[str, Tensor], Tensor]
+def carry_state(state: dict[str, Any], wide: gt.TuckerPoint, cut: gt.Truncation) -> dict[str, Any]:
+    """Return the state for the truncation `cut` of `wide`."""
+    tangent: dict[str, tuple[Tensor, ...]] = {}
+
+    def carried(key: str, moment: Tensor) -> Tensor:
+        if key in _SECOND:
+            return rotate_squares(moment, cut.rotations)
+        part = carry(wide, cut, moment)
+        tangent[key] = part.factors
+        return part.core
+
+    mapped = _mapped(state, wide.ranks, carried)
+    return {**mapped, _TANGENT: tangent} if mapped and tangent else mapped
+
+
+def drift(state: Mapping[str, Any], group: Mapping[str, Any]) -> tuple[Tensor, ...] | None:
+    """Return how the moments are about to move the bases, in the units of a gradient.
+
+    With SGD's momentum the next velocity is ``momentum * v + gradient``, with Adam's it is
+    ``beta * m + (1 - beta) * gradient``. Bases that are extended by the sum of ``grad_{K_i}`` and
+    this drift hold it exactly. None where there is no moment, or where it is in other units.
+    """
+    tangent = state.get(_TANGENT, {})
+    if "momentum_buffer" in tangent and "square_avg" not in state:
+        weight = group["momentum"] / (1.0 - group.get("dampening", 0.0))
+        return tuple(weight * part for part in tangent["momentum_buffer"])
+    if "exp_avg" in tangent and "betas" in group:
+        beta = group["betas"][0]
+        return tuple(beta / (1.0 - beta) * part for part in tangent["exp_avg"])
+    return None
+
+
+def _mapped(
+    state: dict[str, Any], shape: Sequence[int], transport: Callable[[str, Tensor], Tensor]
 ) -> dict[str, Any]:
-    carried: dict[str, Any] = {}
+    mapped: dict[str, Any] = {}
     for key, value in state.items():
+        if key == _TANGENT:
+            continue
         if not torch.is_tensor(value) or value.dim() == 0:
-            carried[key] = value
+            mapped[key] = value
         elif tuple(value.shape) == tuple(shape) and key not in _COORDINATE:
-            carried[key] = carry(key, value).contiguous()
+            moved = transport(key, value).contiguous()
+            mapped[key] = torch.zeros_like(moved) if key in _FORGOTTEN else moved
         else:
             return {}
-    return carried
+    return mapped

@@ -75,7 +75,7 @@ def test_exact_ranks_compute_the_same_and_densify_goes_back() -> None:
 
 def test_truncated_model_has_the_hosvd_of_each_weight() -> None:
     model, original = lenet(), lenet()
-    factorize(model, 0.2, verbose=False)
+    factorize(model, 0.2, rescale=False, verbose=False)
     assert tucker_names(model) == ["0.0", "0.2", "2", "4"]
     for name in tucker_names(model):
         layer, dense = model.get_submodule(name), original.get_submodule(name)
@@ -249,7 +249,7 @@ def test_a_rule_for_the_network_sees_all_layers_at_once() -> None:
         model[1].weight.mul_(5)
     weight = model[1].weight.detach().clone()
     assert [row.ranks for row in plan(model, Loudest()).layers] == [(1, 1), (2, 2), (1, 1)]
-    factorize(model, Loudest(), verbose=False)
+    factorize(model, Loudest(), rescale=False, verbose=False)
     assert [layer.ranks for layer in model] == [(1, 1), (2, 2), (1, 1)]
     nearest = gt.to_dense(gt.hosvd(weight, 2))
     torch.testing.assert_close(model[1].dense_weight(), nearest, rtol=1e-4, atol=1e-5)
@@ -470,3 +470,46 @@ def test_bad_arguments(options: dict[str, Any], error: type[Exception], message:
     with pytest.raises(error, match=message):
         factorize(model, **options)
     assert_untouched(model, before)
+
+
+def test_untrained_weights_are_scaled_up_and_others_are_not() -> None:
+    torch.manual_seed(0)
+    noise = nn.Linear(400, 120)
+    trained = nn.Linear(400, 120)
+    with torch.no_grad():
+        trained.weight.addr_(torch.randn(120), torch.randn(400), alpha=0.1)
+    for layer, scaled in ((noise, True), (trained, False)):
+        nearest = gt.to_dense(gt.hosvd(layer.weight.detach(), 8))
+        weight = factorize(copy.deepcopy(layer), 8, verbose=False).dense_weight().detach()
+        torch.testing.assert_close(weight / weight.norm(), nearest / nearest.norm())
+        lost = layer.weight.norm() / nearest.norm()
+        power = 0.75 if scaled else 0.0
+        torch.testing.assert_close(weight.norm() / nearest.norm(), lost.detach() ** power)
+    for model, rescale in ((noise, False), (trained, True)):
+        weight = factorize(copy.deepcopy(model), 8, rescale=rescale, verbose=False).dense_weight()
+        nearest = gt.to_dense(gt.hosvd(model.weight.detach(), 8))
+        assert (weight.norm() > 1.01 * nearest.norm()) == rescale
+
+
+def test_a_budget_is_one_for_the_whole_model() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 20, 5), nn.BatchNorm2d(20), nn.Conv2d(20, 50, 5), nn.Flatten(),
+        nn.Linear(800, 500), nn.Linear(500, 10),
+    )  # fmt: skip
+    dense = sum(p.numel() for p in model.parameters())
+    for share in (0.3, 0.05, 0.02):
+        table = plan(model, gt.Budget(parameters=share))
+        assert 0.99 * share <= table.after / dense <= share
+        table = plan(model, gt.Budget(bytes=share))
+        assert 0.99 * share <= table.after / dense <= share
+    assert plan(model, gt.Budget(parameters=20_000)).after <= 20_000
+    assert sum(p.numel() for p in model.parameters()) == dense
+    factorize(model, gt.Budget(parameters=0.05), verbose=False)
+    assert 0.99 * 0.05 <= sum(p.numel() for p in model.parameters()) / dense <= 0.05
+    with pytest.raises(gt.RankError, match="parameters: expected more than 10 .* got 10"):
+        plan(nn.Sequential(nn.Linear(20, 10)), gt.Budget(parameters=10))
+    with pytest.raises(gt.RankError, match="parameters: expected at least 31 .* got 20"):
+        plan(nn.Sequential(nn.Linear(20, 10)), gt.Budget(parameters=30))
+    with pytest.raises(gt.RankError, match="flops"):
+        plan(nn.Sequential(nn.Linear(9, 9)), gt.Budget(flops=0.5))

@@ -55,7 +55,9 @@ def test_trains(tltorch, name, rule, every):
     x = torch.randn(shape)
     with torch.no_grad():
         target = torch.randn_like(layer(x))
-    optimizer = TDLRT(torch.optim.SGD(layer.parameters(), 0.05, momentum=0.5), layer, rule, basis_every=every, wide_steps=every)
+    optimizer = TDLRT(
+        torch.optim.SGD(layer.parameters(), 0.05, momentum=0.5), layer, rule, basis_every=every
+    )
 
     def closure():
         optimizer.zero_grad()
@@ -92,7 +94,9 @@ def test_trains_as_our_own_layer(tltorch):
             parameter.copy_(value)
     x = torch.randn(8, 4, 5, 5).double()
     for model in (theirs, ours):
-        optimizer = TDLRT(torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), model)
+        optimizer = TDLRT(
+            torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), model, integrator="tdlrt"
+        )
 
         def closure(net=model, opt=optimizer):
             opt.zero_grad()

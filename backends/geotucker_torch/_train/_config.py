@@ -13,7 +13,7 @@ import torch
 from ._data import DATA_SETS
 from ._errors import OptionError
 from ._models import MODELS
-from ._ranks import RankPlan, Ranks, parse_ranks
+from ._ranks import RankPlan, Ranks, parse_budget, parse_ranks
 
 __all__ = ["DEFAULT_LR", "OPTIMIZERS", "RECIPES", "SCHEDULES", "START", "Config", "Recipe"]
 
@@ -77,6 +77,7 @@ class Config:
     data_dir: str | None = None
     model: str | None = None
     # the Tucker format
+    budget: str | None = None
     tolerance: float | None = None
     ranks: tuple[str, ...] = ()
     floor: int = 1
@@ -119,6 +120,10 @@ class Config:
         _in_range("--lr", self.lr, 0.0, math.inf, "a positive number", exclusive=True)
         _in_range("--weight-decay", self.weight_decay, 0.0, math.inf, "zero or a positive number")
         _in_range("--tolerance", self.tolerance, 0.0, 1.0, "a number from 0 to less than 1")
+        if self.budget is not None:
+            parse_budget(self.budget)
+            if self.tolerance is not None:
+                raise OptionError("--budget", self.budget, "no --tolerance beside it")
         _ = self.plan
 
     @property
@@ -128,15 +133,15 @@ class Config:
 
     @property
     def adaptive(self) -> bool:
-        """Whether the ranks follow the tolerance."""
-        return self.tolerance is not None
+        """Whether the ranks follow a rule."""
+        return self.tolerance is not None or self.budget is not None
 
     def _fill(self, recipe: Recipe) -> None:
         """Take open values from the data set's recipe."""
         for field in dataclasses.fields(recipe):
             if field.name != "tolerance" and getattr(self, field.name) is None:
                 self._set(**{field.name: getattr(recipe, field.name)})
-        if self.tolerance is None and not self.ranks:
+        if self.tolerance is None and self.budget is None and not self.ranks:
             self._set(tolerance=recipe.tolerance)
 
     def _set(self, **values: Any) -> None:

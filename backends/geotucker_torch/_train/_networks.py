@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from geotucker import Tolerance
+from geotucker import Budget, RankError, RankRule, Tolerance
 
 from .. import TDLRT, TuckerModule, factorize
 from ._config import Config
@@ -18,6 +18,7 @@ from ._data import DataSet
 from ._errors import OptionError
 from ._models import build
 from ._order import Order
+from ._ranks import parse_budget
 
 __all__ = ["Network", "Tally", "build_networks", "parameter_count"]
 
@@ -133,11 +134,20 @@ def build_networks(config: Config, data: DataSet) -> list[Network]:
             continue
         model.to(config.device)
         optimizer: Optimizer | TDLRT = _optimizer(model, config)
-        if name == "tucker":
-            optimizer = TDLRT(optimizer, model, _rule(config), basis_every=config.basis_every)
         order = Order(len(data.train_labels), int(config.batch_size or 0), config.seed)
+        if name == "tucker":
+            optimizer = _wrapped(optimizer, model, _rule(config, order.steps), config)
         networks.append(Network(name, size, model, optimizer, _random_state(), order=order))
     return networks
+
+
+def _wrapped(
+    optimizer: Optimizer, model: nn.Module, rule: RankRule | None, config: Config
+) -> TDLRT:
+    try:
+        return TDLRT(optimizer, model, rule, basis_every=config.basis_every)
+    except RankError as error:
+        raise OptionError("--budget", config.budget, str(error)) from error
 
 
 def layer_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -173,8 +183,15 @@ def _optimizer(model: nn.Module, config: Config) -> Optimizer:
     return SGD(parameters, lr=lr, weight_decay=decay, momentum=momentum)
 
 
-def _rule(config: Config) -> Tolerance | None:
-    """Return the rule that ranks follow, or None for the ranks that the layers start with."""
+def _rule(config: Config, steps: int) -> RankRule | None:
+    """Return the rule that ranks follow, or None for the ranks that the layers start with.
+
+    A budget is reached after half of all steps, so that the other half trains what is left.
+    """
+    if config.budget is not None:
+        amount = parse_budget(config.budget)
+        half = max(1, int(config.epochs or 1) * steps // 2)
+        return Budget(parameters=amount, floor=config.floor, cap=config.cap, steps=half)
     if config.tolerance is None:
         return None
     return Tolerance(config.tolerance, config.floor, config.cap)

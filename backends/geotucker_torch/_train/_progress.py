@@ -153,7 +153,8 @@ def _steps_done(network: Network) -> int:
 def _header(run: Run) -> str:
     """Return a line that says what is trained, on what, how."""
     config, data = run.config, run.data
-    rule = f"tolerance {config.tolerance:g}" if config.adaptive else "fixed ranks"
+    rule = "fixed ranks" if config.tolerance is None else f"tolerance {config.tolerance:g}"
+    rule = rule if config.budget is None else f"budget {config.budget}"
     threads = f", {config.threads} thread{'s' if config.threads != 1 else ''}"
     return (
         f"{config.model} on {data.name} ({len(data.train_labels):,} + {len(data.test_labels):,} "

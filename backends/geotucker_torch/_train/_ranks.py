@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
-from geotucker import Fixed, RankError
+from geotucker import Budget, Fixed, RankError
 
 from ._errors import OptionError
 
-__all__ = ["RankPlan", "Ranks", "parse_ranks"]
+__all__ = ["RankPlan", "Ranks", "parse_budget", "parse_ranks"]
 
 Ranks: TypeAlias = int | float | tuple[int, ...]
 
@@ -113,6 +113,32 @@ def parse_ranks(items: Iterable[str], default: Ranks | None) -> RankPlan:
     if len(common) > 1:
         raise OptionError("--ranks", " and ".join(map(repr, parts)), "one value for all layers")
     return RankPlan(common[0] if common else None, tuple(patterns))
+
+
+def parse_budget(text: str) -> int | float:
+    """Read the value of ``--budget``: ``3%``, a fraction in (0, 1], or a number of parameters.
+
+    Raises
+    ------
+    OptionError
+        If it is none of these.
+
+    Examples
+    --------
+    >>> parse_budget("3%"), parse_budget("0.03"), parse_budget("20000")
+    (0.03, 0.03, 20000)
+    """
+    try:
+        value = float(text.rstrip("%")) / 100 if text.endswith("%") else _number(text)
+        Budget(parameters=value)  # checks the ranges
+    except (ValueError, RankError):
+        expected = "a share of the dense network (3% or 0.03) or a number of parameters (20000)"
+        raise OptionError("--budget", repr(text), expected) from None
+    return value
+
+
+def _number(text: str) -> int | float:
+    return int(text) if re.fullmatch(r"\d+", text) else float(text)
 
 
 def _parse_value(value: str, part: str) -> Ranks | None:

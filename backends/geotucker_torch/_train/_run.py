@@ -132,10 +132,8 @@ def train(run: Run, watcher: Watcher) -> None:
 
 
 def _finish_epoch(run: Run, network: Network) -> dict[str, Any]:
-    """Truncate, evaluate, and turn the epoch's tally into a line of metrics."""
+    """Evaluate, and turn the epoch's tally into a line of metrics."""
     with network.own_randomness():
-        if network.ranks:
-            network.optimizer.truncate()  # type: ignore[union-attr]
         test_loss, test_accuracy = evaluate(network.model, run.data)
     if test_loss != test_loss or abs(test_loss) == float("inf"):
         raise DivergedError(

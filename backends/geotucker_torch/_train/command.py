@@ -41,27 +41,36 @@ def train(
             show_default=False,
         ),
     ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Parameters of the whole network: a share of the dense one (3% or 0.03) or a "
+            "number (20000). The ranks of all layers are chosen for it, and it is reached after "
+            "half of the training.",
+            show_default=False,
+        ),
+    ] = None,
     tolerance: Annotated[
         float | None,
         typer.Option(
             help="Relative error that a truncation may make; the ranks adapt to it. "
-            "[default: depends on --data, unless --ranks is given]",
+            "[default: depends on --data, unless --ranks or --budget is given]",
             show_default=False,
         ),
     ] = None,
     ranks: Annotated[
         list[str] | None,
         typer.Option(
-            help="Fixed ranks, or with --tolerance the ranks to start from: 10 (every mode), 0.1 "
+            help="Fixed ranks, or with --budget or --tolerance the ranks to start from: 10 (every mode), 0.1 "
             "(fraction of each dense layer), 8,8,5,5 (each mode), or by layer: "
             "'conv2=8,8,5,5;fc1=9' (layers not named stay dense; fc*=0.1 matches names; "
             "fc2=dense leaves one out). May be repeated.",
             show_default=False,
         ),
     ] = None,
-    floor: Annotated[int, typer.Option(help="With --tolerance: no rank goes below.")] = 1,
+    floor: Annotated[int, typer.Option(help="With --budget or --tolerance: no rank goes below.")] = 1,
     cap: Annotated[
-        int | None, typer.Option(help="With --tolerance: no rank goes above.", show_default=False)
+        int | None, typer.Option(help="With --budget or --tolerance: no rank goes above.", show_default=False)
     ] = None,
     basis_every: Annotated[
         int, typer.Option(help="Move the bases once in so many steps; only cores in between.")

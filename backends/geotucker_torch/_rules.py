@@ -1,0 +1,165 @@
+"""Rank rules for the Tucker tensors of a model."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import reduce
+from typing import Any, TypeAlias
+
+import numpy as np
+from torch import nn
+
+import geotucker as gt
+from geotucker._ranks import in_force
+
+from ._layers import TuckerModule
+from ._plan import CONTRACTIONS, Sizes, both_folded, flops
+from ._slots import Slot
+
+__all__ = ["Rules", "flops_of", "whole_model"]
+
+Ranks: TypeAlias = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Rules by pattern of module names; each sees all of its tensors together.
+
+    Parameters
+    ----------
+    rules : dict of str to RankRule
+        The first pattern that matches a tensor's name counts.
+    first : dict of str to tuple of int
+        Ranks of tensors that no pattern names: they stay.
+    """
+
+    rules: dict[str, gt.RankRule]
+    first: dict[str, Ranks]
+
+    @classmethod
+    def of(cls, ranks: Any, model: nn.Module, slots: Sequence[Slot]) -> "Rules":
+        """Read the argument `ranks` of an optimizer: a rule, rules by pattern, or None.
+
+        A budget that is not bound to a pattern is one for the whole model.
+
+        Raises
+        ------
+        geotucker.RankError
+            If it is none of these, or a pattern names no tensor.
+        """
+        names = [slot.name for slot in slots]
+        first = {slot.name: slot.point.ranks for slot in slots}
+        if ranks is not None and not isinstance(ranks, Mapping):
+            rule = gt.as_rule(ranks)
+            if isinstance(rule, gt.Budget):
+                rule = whole_model(rule, model, {slot.core: slot.point for slot in slots})
+            return cls({"*": rule}, first)
+        rules = {pattern: gt.as_rule(rule) for pattern, rule in (ranks or {}).items()}
+        for pattern in rules:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise gt.RankError(
+                    f"ranks: the pattern {pattern!r} names none of {', '.join(names)}"
+                )
+        return cls(rules, first)
+
+    def in_force(self, step: int, names: Sequence[str]) -> gt.RankRule:
+        """Return one rule for the tensors of these names, as it is at a step."""
+        owners = [next((p for p in self.rules if fnmatchcase(n, p)), None) for n in names]
+
+        def rule(spectra: Sequence[gt.Spectrum], /) -> list[Ranks]:
+            chosen: dict[int, Ranks] = {
+                i: gt.Fixed(self.first[names[i]])([spectra[i]])[0]
+                for i, owner in enumerate(owners)
+                if owner is None
+            }
+            for pattern, own in self.rules.items():
+                members = [i for i, owner in enumerate(owners) if owner == pattern]
+                if members:
+                    ranks = in_force(own, step)([spectra[i] for i in members])
+                    chosen.update(zip(members, map(tuple, ranks), strict=True))
+            return [chosen[i] for i in range(len(spectra))]
+
+        return rule
+
+    def __str__(self) -> str:
+        """Show the rules."""
+        return ", ".join(f"{pattern}: {rule}" for pattern, rule in self.rules.items()) or "as now"
+
+
+def whole_model(
+    budget: gt.Budget,
+    model: nn.Module,
+    points: Mapping[nn.Parameter, gt.TuckerPoint],
+    dense: bool = False,
+) -> gt.Budget:
+    """Turn a budget for a model into one for its Tucker tensors.
+
+    What the model has besides counts too: of parameters and bytes, the rest of the budget is
+    left for the tensors. A schedule without a start begins at what they take now. (Operations
+    are those of the Tucker layers only.)
+
+    Parameters
+    ----------
+    budget : Budget
+        A fraction is one of the model with dense weights.
+    model : nn.Module
+    points : mapping of nn.Parameter to TuckerPoint
+        The Tucker tensors, by their cores, or by their dense weights.
+    dense : bool
+        Whether the model still holds the dense weights.
+
+    Raises
+    ------
+    geotucker.RankError
+        If the rest of the model takes the budget alone.
+    """
+    unit = "parameters" if budget.parameters is not None else "bytes"
+    amount = getattr(budget, unit)
+    if amount is None:
+        return budget
+
+    def size(numbers: int, like: Any) -> int:
+        return numbers * (like.element_size() if unit == "bytes" else 1)
+
+    everything = sum(size(p.numel(), p) for p in model.parameters())
+    full = sum(size(math.prod(point.shape), point.core) for point in points.values())
+    now = full if dense else sum(size(point.size, point.core) for point in points.values())
+    rest = everything - now
+    total = amount * (full + rest) if isinstance(amount, float) else amount
+    if total <= rest:
+        least = rest / (full + rest)
+        raise gt.RankError(
+            f"{unit}: expected more than {rest:,} ({least:.4g} of the dense model), which the "
+            f"parameters outside of Tucker tensors take, got {amount}"
+        )
+    changes: dict[str, Any] = {unit: total - rest}
+    start = budget.start
+    if isinstance(amount, float):
+        changes[unit] = min((total - rest) / full, 1.0)
+        if budget.steps:
+            start = now / full if start is None else (start * (full + rest) - rest) / full
+            changes["start"] = min(max(start, changes[unit]), 1.0)
+    elif budget.steps:
+        changes["start"] = max(now if start is None else start - rest, changes[unit])
+    return dataclasses.replace(budget, **changes)
+
+
+def flops_of(layer: TuckerModule | None) -> gt.Cost | None:
+    """Return the price of a layer's forward pass for one sample of the last training input."""
+    if layer is None or layer.sizes is None:
+        return None
+    sizes: Sizes = layer.sizes
+
+    def tucker(ranks: Any) -> Any:
+        s = sizes._replace(out_rank=ranks[0], in_rank=ranks[1])
+        prices = [flops(contraction, s) for contraction in CONTRACTIONS[:-1]]
+        prices.append(_dense_flops(s) + np.minimum(*both_folded(s)))
+        return reduce(np.minimum, prices)
+
+    return gt.Cost(tucker, _dense_flops(sizes))
+
+
+def _dense_flops(s: Sizes) -> int:
+    return s.batch * s.positions_out * s.out_channels * s.in_channels * s.kernel

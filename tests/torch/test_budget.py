@@ -1,0 +1,141 @@
+"""Budgets, schedules and descent-safe ranks under the optimizer."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import geotucker as gt
+from geotucker_torch import TDLRT, factorize
+
+
+def problem(seed=0):
+    """Return a network with layers outside of the Tucker format too, and full-batch data."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(3, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU(),
+        nn.Conv2d(24, 32, 3, stride=2), nn.ReLU(), nn.Flatten(),
+        nn.Linear(32 * 9, 60), nn.ReLU(), nn.Linear(60, 10),
+    )  # fmt: skip
+    return model, torch.randn(32, 3, 8, 8), torch.randint(10, (32,))
+
+
+def train(model, optimizer, x, y, steps):
+    sizes = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        sizes.append(sum(p.numel() for p in model.parameters()))
+    return sizes, loss.item()
+
+
+@pytest.mark.parametrize("share", [0.2, 0.08])
+def test_a_budget_is_reached_on_schedule_and_held(share):
+    model, x, y = problem()
+    dense = sum(p.numel() for p in model.parameters())
+    factorize(model, 0.5, verbose=False)
+    start = sum(p.numel() for p in model.parameters())
+    sgd = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+    optimizer = TDLRT(sgd, model, gt.Budget(parameters=share, steps=30))
+    sizes, loss = train(model, optimizer, x, y, 60)
+    assert share * dense < sizes[10] < start
+    assert all(0.99 * share <= size / dense <= share for size in sizes[31:])
+    assert loss < 2.1
+
+
+def test_without_a_schedule_it_holds_at_once():
+    model, x, y = problem()
+    dense = sum(p.numel() for p in model.parameters())
+    factorize(model, 0.5, verbose=False)
+    optimizer = TDLRT(torch.optim.Adam(model.parameters(), 1e-3), model, gt.Budget(parameters=0.1))
+    sizes, _ = train(model, optimizer, x, y, 3)
+    assert all(0.099 <= size / dense <= 0.1 for size in sizes)
+
+
+def test_the_schedule_goes_on_after_a_restart():
+    model, x, y = problem()
+    factorize(model, 0.5, verbose=False)
+    optimizer = TDLRT(
+        torch.optim.SGD(model.parameters(), 0.02, momentum=0.9), model,
+        gt.Budget(parameters=0.1, steps=20),
+    )  # fmt: skip
+    train(model, optimizer, x, y, 10)
+    twin = copy.deepcopy(model)
+    again = TDLRT(
+        torch.optim.SGD(twin.parameters(), 0.02, momentum=0.9), twin,
+        gt.Budget(parameters=0.1, steps=20, start=0.6),
+    )  # fmt: skip
+    # The start of a schedule belongs to the rule, which is the user's; all else is in the state.
+    again._rules = optimizer._rules
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    ends = [train(net, opt, x, y, 10) for net, opt in ((model, optimizer), (twin, again))]
+    assert ends[0] == ends[1]
+
+
+def test_a_budget_for_some_layers_is_a_share_of_these():
+    model, x, y = problem()
+    factorize(model, 0.5, verbose=False)
+    optimizer = TDLRT(
+        torch.optim.SGD(model.parameters(), 0.02), model, {"6": gt.Budget(parameters=0.1)}
+    )
+    first = optimizer.ranks
+    train(model, optimizer, x, y, 2)
+    assert {k: v for k, v in optimizer.ranks.items() if k != "6"} == {
+        k: v for k, v in first.items() if k != "6"
+    }
+    assert model[6].ranks == (4, 4)  # the most that fits: 1,408 of at most 1,728
+
+
+def test_operations():
+    model, x, y = problem()
+    factorize(model, 0.5, verbose=False)
+    optimizer = TDLRT(torch.optim.SGD(model.parameters(), 0.02), model, gt.Budget(flops=0.2))
+    train(model, optimizer, x, y, 2)
+
+    def operations(net):
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            net(x)
+        return counter.get_total_flops()
+
+    layers = [layer for layer in model if hasattr(layer, "core")]
+    assert len(layers) > 2
+    dense = operations(problem()[0]) - 0.0
+    assert operations(model.eval()) < 0.35 * dense  # what counts besides: folding the kernels
+
+
+def test_a_budget_that_cannot_be_met_is_refused_at_once():
+    model, _, _ = problem()
+    factorize(model, 0.5, verbose=False)
+    with pytest.raises(gt.RankError, match="parameters: expected more than"):
+        TDLRT(torch.optim.SGD(model.parameters(), 0.1), model, gt.Budget(parameters=0.001))
+
+
+def test_descent_safe_truncation_never_costs_more_than_the_step_has_won():
+    torch.manual_seed(0)
+    model = factorize(
+        nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 10)), 6, verbose=False
+    ).double()
+    x, y = torch.randn(60, 20).double(), torch.randn(60, 10).double()
+
+    def losses(rule):
+        net, values = copy.deepcopy(model), []
+        for phase, steps in ((None, 100), (rule, 20)):
+            sgd = torch.optim.SGD(net.parameters(), 0.05)
+            optimizer = TDLRT(sgd, net, phase, integrator="tdlrt")
+            for _ in range(steps):
+                optimizer.zero_grad()
+                loss = nn.functional.mse_loss(net(x), y)
+                loss.backward()
+                optimizer.step()
+                values.append(loss.item())
+        return values[100:]
+
+    safe = losses(gt.DescentSafe(0.5, cap=12))
+    assert all(after < before for before, after in zip(safe, safe[1:], strict=False))
+    coarse = losses(gt.Tolerance(0.7))
+    assert any(after > before for before, after in zip(coarse, coarse[1:], strict=False))
