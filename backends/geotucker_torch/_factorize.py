@@ -21,6 +21,7 @@ from ._layers import (
     TuckerModule,
     decompose,
 )
+from ._modules import aligned, check_model, has_hooks
 from ._rules import whole_model
 
 __all__ = ["Factorization", "FactorizedLayer", "densify", "factorize", "plan"]
@@ -35,7 +36,6 @@ _TUCKER: dict[type[nn.Module], type[TuckerModule]] = {
     nn.Conv3d: TuckerConv3d,
 }
 _TYPES = tuple(_TUCKER)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Factorization:
         rows.append((replaced, "", "", "", *_counts(*sums)))
         rows.append(("whole model", "", "", "", *_counts(self.before, self.after)))
         widths = [max(len(row[i]) for row in rows) for i in range(len(head) - 1)]
-        lines = [_line(row, widths) for row in rows]
+        lines = [aligned(row, widths) for row in rows]
         rule = "-" * max(map(len, lines))
         notes = [f"note: the pattern {text!r} matches no layer" for text in self.unmatched]
         return "\n".join([lines[0], rule, *lines[1:-2], rule, *lines[-2:], *notes])
@@ -235,7 +235,7 @@ def densify(model: _Model) -> _Model | nn.Module:
       (0): Linear(in_features=8, out_features=4, bias=True)
     )
     """
-    _check_model(model)
+    check_model(model)
     layers = [module for module in model.modules() if isinstance(module, TuckerModule)]
     return _swap(model, {layer: layer.to_dense() for layer in layers})
 
@@ -283,7 +283,7 @@ def _survey(
     exclude: Selection,
 ) -> list[_Candidate]:
     """Find all layers of the wanted types and decide about each."""
-    _check_model(model)
+    check_model(model)
     kinds = _checked_types(types)
     included, excluded = _selector("include", include, True), _selector("exclude", exclude, False)
     rules = _checked_rules(ranks)
@@ -385,7 +385,7 @@ def _obstacle(
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
     if weight.numel() == 0:
         return "its weight is empty"
-    if "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS):
+    if has_hooks(module):
         return "it has hooks, which a new layer would lack"
     if {*module._parameters, *module._buffers, *module._modules} != {"weight", "bias"}:
         return "it holds more than weight and bias"
@@ -436,15 +436,6 @@ def _counts(before: int, after: int, reason: str = "") -> tuple[str, str, str]:
     return f"{before:,}", f"{after:,}", reason or f"{100 * after / max(before, 1):.1f} %"
 
 
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    """Align text to the left and, behind column 3, numbers to the right."""
-    aligned = [
-        cell.rjust(width) if i > 3 else cell.ljust(width)
-        for i, (cell, width) in enumerate(zip(cells, widths, strict=False))
-    ]
-    return "  ".join([*aligned, cells[-1]]).rstrip()
-
-
 def _swap(model: nn.Module, successors: Mapping[nn.Module, nn.Module]) -> Any:
     """Put each successor, with the old bias, wherever its predecessor is; return the model."""
     for old, new in successors.items():
@@ -463,11 +454,6 @@ def _blamed_on(candidate: _Candidate) -> Iterator[None]:
         yield
     except gt.GeotuckerError as error:
         raise type(error)(f"layer {candidate.names[0]!r}: {error}") from error
-
-
-def _check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
 
 
 def _checked_types(types: Any) -> tuple[type[nn.Module], ...]:

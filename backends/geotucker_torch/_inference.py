@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from ._contract import dense_weight
-from ._factorize import _HOOKS, _check_model, _line
 from ._layers import TuckerConv1d, TuckerConv2d, TuckerConv3d, TuckerLinear, TuckerModule
+from ._modules import aligned, check_model, has_hooks
 from ._plan import CONTRACTIONS, Contraction
 
 __all__ = ["Inference", "InferenceLayer", "candidates", "optimize_for_inference"]
@@ -96,7 +96,7 @@ class Inference:
         rows = [head, *map(_cells, self.layers)]
         rows.append(("whole model", "", "", "", *whole, self.chosen))
         widths = [max(len(row[i]) for row in rows) for i in range(len(head) - 1)]
-        lines = [_line(row, widths) for row in rows]
+        lines = [aligned(row, widths) for row in rows]
         rule = "-" * max(map(len, lines))
         return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
 
@@ -147,7 +147,7 @@ def optimize_for_inference(
     >>> torch.allclose(fast(x), model(x), atol=1e-5)
     True
     """
-    _check_model(model)
+    check_model(model)
     _check_repeats(repeats)
     original = _for_inference(model)
     with torch.no_grad(), _own_randomness(original):
@@ -467,7 +467,7 @@ def _obstacle(layer: TuckerModule) -> str:
     """Say what keeps a layer as it is; nothing if it may be replaced."""
     if type(layer) not in _KNOWN:
         return "a subclass, which may do more than its base"
-    if "forward" in vars(layer) or any(getattr(layer, hooks) for hooks in _HOOKS):
+    if has_hooks(layer):
         return "it has hooks, which a new layer would lack"
     return ""
 

@@ -41,6 +41,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Extension", "lifting"]
 
+# Projected inputs of more entries are computed again in backward (a twelfth of a step's work)
+# rather than kept: with them a network would need more memory than the dense one.
+_KEPT = 2**20
+
 
 class Extension(NamedTuple):
     """How a layer extends its bases; set by an optimizer.
@@ -49,15 +53,11 @@ class Extension(NamedTuple):
     ----------
     galerkin : bool
         Whether the gradient of the wider core is the whole one or a tangent vector.
-    pace : float
-        Factor of the gradient in the new directions: if the bases move in every k-th step only, k
-        of them stands for k steps of the flow.
     drift : tuple of Tensor, shapes (n_i, r_i), optional
         What the optimizer's moments add to the directions, in the units of its gradients.
     """
 
     galerkin: bool = True
-    pace: float = 1.0
     drift: tuple[Tensor, ...] | None = None
 
 
@@ -94,9 +94,8 @@ class _Lifting(torch.autograd.Function):
             u_out, u_in = point.factors[:2]
             ctx.sizes = layer_map.sizes(rows, point.core, u_out, u_in)
             ctx.order = order = cheapest(ctx.sizes)
-            a = rows
-            if order.project_input:
-                a = layer_map.project_input(rows, _cast(u_in, ctx.dtype))
+            ctx.rows = rows
+            a = _entered(ctx)
             own_bias = None if bias is None else _cast(bias.detach(), ctx.dtype)
             b = None
             if order.project_output:
@@ -105,7 +104,7 @@ class _Lifting(torch.autograd.Function):
                 y = layer_map.spread_output(b, _cast(u_out @ s, ctx.dtype), own_bias)
             else:
                 y = layer_map.apply(a, _kernel(ctx, point.core), own_bias, split=False)
-        ctx.rows, ctx.a, ctx.b = rows, a, b
+        ctx.a, ctx.b = (None if a.numel() > _KEPT else a), b
         layer.sizes = ctx.sizes
         return layer_map.leave(y, x)
 
@@ -115,6 +114,8 @@ class _Lifting(torch.autograd.Function):
         layer, order, dtype = ctx.layer, ctx.order, ctx.dtype
         layer_map = layer.map
         with without_autocast(ctx.point.core):
+            if ctx.a is None:
+                ctx.a = _entered(ctx)
             g = layer_map.enter_gradient(_cast(g, dtype), ctx.x)
             h = g
             if order.project_output:
@@ -154,14 +155,9 @@ def _lift(ctx: Any, g: Tensor, h: Tensor, grad_k_in: Tensor | None) -> Tensor | 
     known = (h if ctx.order.project_output else None, ctx.a if ctx.order.project_input else None)
     core = core_gradient(layer.map, ctx.rows, g, bases, known, narrow.ranks)
     core = core.to(narrow.core.dtype)
-    old = tuple(slice(rank) for rank in narrow.ranks)
     if tangent is not None and not extension.galerkin:
         right = [q and _ops.unfold(q[0], mode).T for mode, q in _gauges(ctx)]
         core = tangent_core(narrow, wide, gt.TuckerTangent(core, tuple(tangent)), right)
-    if extension.pace != 1.0:
-        paced = extension.pace * core
-        paced[old] = core[old]
-        core = paced
     if armed:
         layer.lifted_norm = core.abs().amax()  # squares of a scaled loss's gradient may overflow
     return core
@@ -185,6 +181,15 @@ def _same(a: gt.TuckerPoint, b: gt.TuckerPoint) -> bool:
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor if dtype is None else tensor.to(dtype)
+
+
+def _entered(ctx: Any) -> Tensor:
+    """Return what the kernel is applied to."""
+    if not ctx.order.project_input:
+        rows: Tensor = ctx.rows
+        return rows
+    a: Tensor = ctx.layer.map.project_input(ctx.rows, _cast(ctx.point.factors[1], ctx.dtype))
+    return a
 
 
 def _gauge(ctx: Any, mode: int) -> tuple[Tensor, Tensor]:

@@ -26,14 +26,14 @@ INTEGRATORS = ("tangent", "tdlrt")
 
 
 class TDLRT(Optimizer):
-    """Train the Tucker tensors of a model by Algorithm 1 of TDLRT (arXiv:2305.19059).
+    """Train the Tucker tensors of a model along the projected gradient flow of TDLRT.
 
     Wraps a torch optimizer, which steps the cores and all other parameters as it always
-    does. This class moves the bases: they are extended by the gradients with respect to
-    the factors, the core takes the wrapped optimizer's step in the wider bases, and the
-    result is truncated to the ranks that a rule chooses. Factors are never stepped or
-    decayed; weight decay on the core is weight decay on the weight. Momentum and the like
-    follow the bases.
+    does. This class moves the bases: they are extended by the gradients with respect to the
+    ``K_i = U_i S_i``, the core takes the wrapped optimizer's step in the wider bases, and the
+    result is truncated to the ranks that a rule chooses (arXiv:2305.19059). Factors are never
+    stepped or decayed; weight decay on the core is weight decay on the weight. Momentum and the
+    like follow the bases, and move them.
 
     Use it as any optimizer: ``zero_grad``, ``backward``, ``step``. Param groups, state,
     schedulers, hooks and ``state_dict`` are those of the wrapped optimizer.
@@ -49,18 +49,20 @@ class TDLRT(Optimizer):
     ranks : RankRule, int, float, tuple or mapping, optional
         What to truncate to: a rule for all Tucker tensors, or a mapping from patterns of
         module names (as in `fnmatch`; the first match counts) to rules. By default, and
-        where no pattern matches, a tensor keeps the ranks it has now.
+        where no pattern matches, a tensor keeps the ranks it has now. A `geotucker.Budget` of
+        parameters or bytes is one for the whole model, unless it is bound to a pattern; its
+        schedule, if it names no start, begins at the present size. Operations are counted per
+        batch of the last training input.
+    integrator : {"tangent", "tdlrt"}
+        The gradient of the wider core: its projection on the tangent space, at the cost of
+        ordinary descent on core and factors; or all of it, which is Algorithm 1 of the paper, and
+        costs half as much again. Both follow the same flow and differ in terms of second order.
     basis_every : int
-        The bases are extended every so many steps, and the others are ordinary steps of the
-        cores. 1 is the published algorithm; larger values cost less.
-    wide_steps : int
-        How many steps of each period are taken in the extended bases before these are truncated
-        again. More than one let new directions grow, with momentum too, before they are judged;
-        cores are larger meanwhile.
+        Bases and ranks move in every so many steps; the others are steps of the cores, which
+        cost less. Bases that move seldom lag behind: above 2, mind the learning rate.
     one_pass : bool
-        Whether layers of this package extend their bases in their own backward pass, which
-        gives the same result as two passes at the cost of about one. False: by two calls
-        of a closure, as published.
+        Whether layers of this package extend their bases in their own backward pass. False: by
+        two calls of a closure, as published, which gives the result of "tdlrt".
 
     Raises
     ------
@@ -72,8 +74,9 @@ class TDLRT(Optimizer):
     *One pass.* Extending the bases does not change the weight, so both gradients of
     Algorithm 1 are taken at one weight, and a layer whose backward is ours has all that is
     needed for both. Between ``backward`` and ``step`` its core and factors are wider, and
-    ``core.grad`` is the gradient of the wider core: it can be clipped, scaled and added to
-    by further micro-batches. ``zero_grad`` without a step takes the padding away. In such a
+    ``core.grad`` is the gradient of the wider core: it can be clipped (its norm is that of the
+    projected gradient), scaled and added to by further micro-batches, whose gradients are taken
+    in the bases of the first. ``zero_grad`` without a step takes the padding away. In such a
     pass the gradient of the core goes straight to ``core.grad``, also under
     ``torch.autograd.grad``; hooks on the core do not see it, and second derivatives are
     refused.
@@ -229,7 +232,7 @@ class TDLRT(Optimizer):
     # The algorithm.
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Take one step of Algorithm 1, with the gradients that ``backward`` has left.
+        """Take one step, with the gradients that ``backward`` has left.
 
         Parameters
         ----------
@@ -299,13 +302,8 @@ class TDLRT(Optimizer):
                 slot.layer.armed = self.one_pass and self._moves_bases
                 slot.layer.extension = Extension(
                     self.integrator == "tdlrt",
-                    self._pace,
                     drift(self.state.get(slot.core, {}), groups[slot.core]),
                 )
-
-    @property
-    def _pace(self) -> float:
-        return float(self.basis_every)
 
     def _settle(self, slots: list[Slot]) -> None:
         """Make the lifts of the backward pass final, and lift the moments after them."""

@@ -1,6 +1,7 @@
 """Budgets, schedules and descent-safe ranks under the optimizer."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -136,6 +137,6 @@ def test_descent_safe_truncation_never_costs_more_than_the_step_has_won():
         return values[100:]
 
     safe = losses(gt.DescentSafe(0.5, cap=12))
-    assert all(after < before for before, after in zip(safe, safe[1:], strict=False))
+    assert all(after < before for before, after in pairwise(safe))
     coarse = losses(gt.Tolerance(0.7))
-    assert any(after > before for before, after in zip(coarse, coarse[1:], strict=False))
+    assert any(after > before for before, after in pairwise(coarse))

@@ -507,9 +507,9 @@ def test_a_budget_is_one_for_the_whole_model() -> None:
     assert sum(p.numel() for p in model.parameters()) == dense
     factorize(model, gt.Budget(parameters=0.05), verbose=False)
     assert 0.99 * 0.05 <= sum(p.numel() for p in model.parameters()) / dense <= 0.05
-    with pytest.raises(gt.RankError, match="parameters: expected more than 10 .* got 10"):
+    with pytest.raises(gt.RankError, match=r"parameters: expected more than 10 .* got 10"):
         plan(nn.Sequential(nn.Linear(20, 10)), gt.Budget(parameters=10))
-    with pytest.raises(gt.RankError, match="parameters: expected at least 31 .* got 20"):
+    with pytest.raises(gt.RankError, match=r"parameters: expected at least 31 .* got 20"):
         plan(nn.Sequential(nn.Linear(20, 10)), gt.Budget(parameters=30))
     with pytest.raises(gt.RankError, match="flops"):
         plan(nn.Sequential(nn.Linear(9, 9)), gt.Budget(flops=0.5))

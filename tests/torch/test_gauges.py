@@ -184,3 +184,16 @@ def test_a_scaled_loss_changes_nothing_with_momentum():
             optimizer.step()
         weights.append(layer.dense_weight().detach())
     torch.testing.assert_close(*weights, rtol=0, atol=1e-9)
+
+
+def test_a_projection_that_is_not_kept_is_computed_again(monkeypatch):
+    gradients = []
+    for kept in (2**20, 0):
+        monkeypatch.setattr(lift_module, "_KEPT", kept)
+        torch.manual_seed(0)
+        layer = TuckerConv2d(8, 10, 3, 3).double()
+        optimizer = TDLRT(torch.optim.SGD(layer.parameters(), 0.1), layer)
+        layer(torch.randn(2, 8, 6, 6).double()).square().sum().backward()
+        gradients.append(layer.core.grad)
+        assert optimizer is not None
+    assert torch.equal(*gradients)

@@ -61,16 +61,19 @@ def train(
     ranks: Annotated[
         list[str] | None,
         typer.Option(
-            help="Fixed ranks, or with --budget or --tolerance the ranks to start from: 10 (every mode), 0.1 "
-            "(fraction of each dense layer), 8,8,5,5 (each mode), or by layer: "
+            help="Fixed ranks, or with --budget or --tolerance the ranks to start from: 10 (every "
+            "mode), 0.1 (fraction of each dense layer), 8,8,5,5 (each mode), or by layer: "
             "'conv2=8,8,5,5;fc1=9' (layers not named stay dense; fc*=0.1 matches names; "
             "fc2=dense leaves one out). May be repeated.",
             show_default=False,
         ),
     ] = None,
-    floor: Annotated[int, typer.Option(help="With --budget or --tolerance: no rank goes below.")] = 1,
+    floor: Annotated[
+        int, typer.Option(help="With --budget or --tolerance: no rank goes below.")
+    ] = 1,
     cap: Annotated[
-        int | None, typer.Option(help="With --budget or --tolerance: no rank goes above.", show_default=False)
+        int | None,
+        typer.Option(help="With --budget or --tolerance: no rank goes above.", show_default=False),
     ] = None,
     basis_every: Annotated[
         int, typer.Option(help="Move the bases once in so many steps; only cores in between.")

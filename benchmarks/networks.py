@@ -1,0 +1,92 @@
+"""The whole networks of the benchmarks, in the shapes of CIFAR-10."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import geotucker as gt
+from geotucker_torch import factorize, plan
+
+_VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)  # 0: pool
+_RESNET18 = ((64, 1), (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), (512, 1))
+
+
+def vgg16(width: float = 1.0) -> nn.Module:
+    """VGG16 with batch normalisation and a head of 512, 512 and 10 units, times `width`."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for size in _VGG16:
+        if size == 0:
+            layers.append(nn.MaxPool2d(2))
+            continue
+        layers += _normalised(channels, int(size * width), 3, 1)
+        layers.append(nn.ReLU(inplace=True))
+        channels = int(size * width)
+    head = [nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, channels), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), *head, nn.Linear(channels, 10))
+
+
+def resnet18(width: float = 1.0) -> nn.Module:
+    """ResNet18 with a stem of one 3x3 convolution, times `width`."""
+    channels = int(64 * width)
+    layers: list[nn.Module] = [*_normalised(3, channels, 3, 1), nn.ReLU(inplace=True)]
+    for size, stride in _RESNET18:
+        layers.append(_Block(channels, int(size * width), stride))
+        channels = int(size * width)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
+
+
+NETWORKS: dict[str, Callable[[float], nn.Module]] = {"vgg16": vgg16, "resnet18": resnet18}
+
+
+def at_compression(model: nn.Module, kept: float) -> tuple[nn.Module, float]:
+    """Factorise a network by one fraction for all layers, the largest that meets a size.
+
+    The first convolution, from three channels, stays dense.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Is changed in place.
+    kept : float
+        Parameters that may be left, as a fraction of the whole model's.
+
+    Returns
+    -------
+    nn.Module, float
+        The model, and the fraction of its parameters that each layer has kept.
+    """
+
+    def first(name: str, module: nn.Module) -> bool:
+        return isinstance(module, nn.Conv2d) and module.in_channels == 3
+
+    low, high = 1e-3, 1.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        table = plan(model, gt.Fixed(middle), exclude=first)
+        if table.after <= kept * table.before:
+            low = middle
+        else:
+            high = middle
+    return factorize(model, gt.Fixed(low), exclude=first, verbose=False), low
+
+
+class _Block(nn.Module):
+    """Two convolutions and a shortcut."""
+
+    def __init__(self, channels: int, out: int, stride: int) -> None:
+        super().__init__()
+        first, second = _normalised(channels, out, 3, stride), _normalised(out, out, 3, 1)
+        self.main = nn.Sequential(*first, nn.ReLU(inplace=True), *second)
+        same = channels == out and stride == 1
+        self.shortcut = nn.Sequential(*([] if same else _normalised(channels, out, 1, stride)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output."""
+        return torch.relu(self.main(x) + self.shortcut(x))
+
+
+def _normalised(channels: int, out: int, kernel: int, stride: int) -> list[nn.Module]:
+    conv = nn.Conv2d(channels, out, kernel, stride, kernel // 2, bias=False)
+    return [conv, nn.BatchNorm2d(out)]

@@ -1,0 +1,157 @@
+"""Does Tucker training work wherever dense training does? One epoch of a small LeNet on MNIST.
+
+Run from the root of the repository, with the extra ``train`` installed::
+
+    python benchmarks/robustness.py --jobs 2
+
+Every optimizer at five learning rates over two decades, constant, batch 128; the weights at
+PyTorch's start and with singular values that decay exponentially from 1 to 1e-12. Beside the dense
+network: all layers in Tucker format by `factorize`, trained by `TDLRT` with its defaults, at fixed
+ranks 2 and 8 and at full ranks, and from rank 2 with ranks that adapt to a tolerance of 0.1. The
+table is written to ``benchmarks/results/robustness.csv``. MNIST is downloaded, or read from the
+folder that ``GEOTUCKER_DATA_DIR`` names. About 20 minutes on two cores.
+"""
+
+import csv
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import torch
+import typer
+from torch import nn
+from torch.nn import functional as F
+
+import geotucker as gt
+from geotucker_torch import TDLRT
+from geotucker_torch._train._data import DataSet, load
+from geotucker_torch._train._fetch import data_folder
+
+BATCH = 128
+RATES = {
+    "SGD": (0.01, 0.03, 0.1, 0.3, 1.0),
+    "SGD, momentum 0.9": (0.001, 0.003, 0.01, 0.03, 0.1),
+    "Adam": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+    "AdamW": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+}
+STARTS = ("PyTorch's", "decaying")
+NETWORKS = ("dense", "rank 2", "rank 8", "full ranks", "rank 2, adapting")
+RESULTS = Path(__file__).parent / "results" / "robustness.csv"
+
+
+class Run(NamedTuple):
+    """One row of the table before it has its result."""
+
+    optimizer: str
+    rate: float
+    start: str
+    network: str
+
+
+def lenet() -> nn.Sequential:
+    """Return LeNet-5 in its original size: 61,706 parameters."""
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def decay(model: nn.Module) -> None:
+    """Give every weight singular values from its largest down to 1e-12 of it."""
+    for layer in model.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            u, s, v = torch.linalg.svd(layer.weight.flatten(1), full_matrices=False)
+            s = s[0] * torch.logspace(0, -12, len(s))
+            layer.weight.copy_(((u * s) @ v).reshape(layer.weight.shape))
+
+
+def build_optimizer(run: Run, model: nn.Module) -> torch.optim.Optimizer:
+    """Return the run's optimizer, wrapped unless the network is dense."""
+    parameters = model.parameters()
+    inner: torch.optim.Optimizer
+    if run.optimizer.startswith("SGD"):
+        inner = torch.optim.SGD(parameters, run.rate, 0.9 if "momentum" in run.optimizer else 0.0)
+    else:
+        inner = getattr(torch.optim, run.optimizer)(parameters, run.rate)
+    if run.network == "dense":
+        return inner
+    return TDLRT(inner, model, gt.Tolerance(0.1) if "adapting" in run.network else None)
+
+
+def train(run: Run) -> float:
+    """Return the test accuracy in percent after an epoch; nan if training broke down."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    data, model = load("mnist", data_folder(None)), lenet()
+    if run.start == "decaying":
+        decay(model)
+    if run.network != "dense":
+        rank = {"full ranks": 10_000, "rank 8": 8}.get(run.network, 2)
+        convert(model, rank)
+    optimizer = build_optimizer(run, model)
+    order = torch.randperm(len(data.train_labels), generator=torch.Generator().manual_seed(0))
+    for index in order.split(BATCH):
+        optimizer.zero_grad()
+        images = data.normalise(data.train_images[index])
+        loss = F.cross_entropy(model(images), data.train_labels[index])
+        loss.backward()
+        try:
+            optimizer.step()
+        except gt.NonFiniteError:
+            return float("nan")
+    return accuracy(model, data)
+
+
+def convert(model: nn.Sequential, rank: int) -> None:
+    """Turn every layer into a Tucker layer, also where `factorize` would see no gain."""
+    from geotucker_torch import TuckerConv2d, TuckerLinear
+
+    for i, layer in enumerate(model):
+        kind = {nn.Conv2d: TuckerConv2d, nn.Linear: TuckerLinear}.get(type(layer))
+        if kind is not None:
+            model[i] = kind.from_dense(layer, rank)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: DataSet) -> float:
+    """Return the accuracy on the test set in percent."""
+    hits = [
+        (model.eval()(data.normalise(images)).argmax(1) == labels).sum()
+        for images, labels in zip(
+            data.test_images.split(1000), data.test_labels.split(1000), strict=True
+        )
+    ]
+    return 100.0 * float(sum(hits)) / len(data.test_labels)
+
+
+def table() -> list[Run]:
+    """Return all runs."""
+    pairs = [(name, rate) for name, rates in RATES.items() for rate in rates]
+    return [Run(*pair, *rest) for pair, *rest in product(pairs, STARTS, NETWORKS)]
+
+
+def main(
+    jobs: Annotated[int, typer.Option(help="Runs side by side, one thread each.")] = 2,
+    out: Annotated[Path, typer.Option(help="The table.")] = RESULTS,
+) -> None:
+    """Train everything, write the table and say where Tucker training failed."""
+    runs = table()
+    with ProcessPoolExecutor(jobs) as pool:
+        results = list(pool.map(train, runs))
+    out.parent.mkdir(exist_ok=True)
+    with out.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["optimizer", "learning_rate", "start", "network", "test_accuracy"])
+        writer.writerows([*run, f"{got:.2f}"] for run, got in zip(runs, results, strict=True))
+    scores = dict(zip(runs, results, strict=True))
+    for run, got in scores.items():
+        dense = scores[run._replace(network="dense")]
+        if dense > 80.0 and not got > 80.0:
+            typer.echo(f"{', '.join(map(str, run))}: {got:.2f} %, dense {dense:.2f} %")
+
+
+if __name__ == "__main__":
+    typer.run(main)

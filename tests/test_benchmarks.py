@@ -1,0 +1,102 @@
+"""The benchmarks run from end to end, on little."""
+
+import csv
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="the benchmarks are not here")
+
+
+@pytest.fixture(autouse=True)
+def import_as_scripts_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Find what the scripts share in their own folder."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+
+def test_speed_of_a_layer_and_of_a_network(tmp_path: Path) -> None:
+    pytest.importorskip("tltorch", reason="tensorly-torch is not installed")
+    path = tmp_path / "new" / "speed.csv"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    options = ["--quick", "--threads", "1", "--cases", "conv128,vgg16", "--out", str(path)]
+    command = [sys.executable, str(FOLDER / "speed.py"), *options]
+    subprocess.run(command, check=True, env=environment, timeout=200, stdout=subprocess.DEVNULL)
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["case"] for row in rows] == ["conv128"] * 12 + ["vgg16"] * 5
+    for row in rows:
+        assert float(row["wall_ms"]) > 0
+        assert float(row["cpu_ms"]) > 0
+        assert (row["method"] != "dense") or float(row["wall_ratio"]) == 1
+        assert row["torch"] == torch.__version__
+        assert "--quick" in row["command"]
+        ours = row["method"].startswith("TDLRT")
+        assert bool(row["moving_bases"]) == bool(row["linear_algebra"]) == ours
+        assert bool(row["peak_mib"]) == (row["case"] == "vgg16" and row["phase"] == "training")
+    sizes = {row["method"]: int(row["parameters"]) for row in rows if row["case"] == "vgg16"}
+    assert 0.095 < sizes["Tucker layers"] / sizes["dense"] <= 0.1
+
+
+def test_rows_of_other_cases_stay_in_the_table(tmp_path: Path) -> None:
+    from speed import write
+
+    def row(case: str, threads: int, method: str) -> dict[str, object]:
+        return {"case": case, "threads": threads, "method": method}
+
+    def table() -> list[tuple[str, str, str]]:
+        with path.open() as file:
+            return [(r["case"], r["threads"], r["method"]) for r in csv.DictReader(file)]
+
+    path = tmp_path / "speed.csv"
+    write([row("vgg16", 1, "a"), row("vgg16", 2, "b")], path)
+    write([row("conv128", 2, "c")], path)
+    write([row("vgg16", 1, "d"), row("vgg16", 1, "e")], path)
+    assert table() == [
+        ("conv128", "2", "c"),
+        ("vgg16", "1", "d"),
+        ("vgg16", "1", "e"),
+        ("vgg16", "2", "b"),
+    ]
+
+
+def test_peak_of_memory() -> None:
+    import measuring
+
+    model = nn.Linear(256, 1024)  # about 1 MiB
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    x = torch.ones(1, 256)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(x).sum().backward()
+        optimizer.step()
+
+    def wasteful() -> None:
+        step()
+        torch.empty(2**20, dtype=torch.uint8)
+
+    kept = 4 * 3 * (256 + 1) * 1024  # parameters, gradients, momentum
+    peak = measuring.peak_bytes(measuring.Timed(step), model, optimizer)
+    assert kept <= peak < kept + 50_000
+    peak = measuring.peak_bytes(measuring.Timed(wasteful, 2), model, optimizer)
+    assert kept + 2**20 <= peak < kept + 2**20 + 50_000
+
+
+def test_times_are_per_call_and_relative_to_the_first() -> None:
+    import measuring
+
+    def work(size: int) -> Callable[[], int]:
+        return lambda: sum(range(size))
+
+    times = measuring.interleaved(
+        {"a": measuring.Timed(work(100_000)), "b": measuring.Timed(work(400_000), 3)}, 5
+    )
+    assert times["a"].wall_ratio == times["a"].cpu_ratio == 1
+    assert 2 < times["b"].cpu_ratio < 8
