@@ -156,8 +156,8 @@ def layer_trainings(dense: Any, x: Tensor) -> dict[str, Training]:
         other = nn.Sequential(tltorch_layer(dense[0], implementation))
         methods[f"tltorch {implementation}"] = Training(other, x, _sgd(other))
     settings: dict[str, dict[str, Any]] = {
-        "TDLRT, one pass, every step": {"basis_every": 1},
-        "TDLRT, two passes, every step": {"basis_every": 1, "one_pass": False},
+        "TDLRT, whole gradient, one pass": {"integrator": "tdlrt"},
+        "TDLRT, whole gradient, two passes": {"one_pass": False},
         "TDLRT, default": {},
         "TDLRT between bases": {"basis_every": NEVER},
     }

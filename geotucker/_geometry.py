@@ -118,12 +118,17 @@ def mode_gradients(point: TuckerPoint, gradient: Gradient) -> list[Array]:
     return unfolded
 
 
-def right_bases(core: Array) -> list[Array]:
-    """Return the Q_i of ``Mat_i(C)^T = Q_i S_i^T``, of shapes (prod_{j != i} r_j, r_i).
+def right_basis(core: Array, mode: int) -> Array:
+    """Return the Q_i of ``Mat_i(C)^T = Q_i S_i^T``, of shape (prod_{j != i} r_j, r_i).
 
     Householder's Q is orthonormal also where the core is rank-deficient.
     """
-    return [_ops.qr(_ops.unfold(core, mode).T)[0] for mode in range(len(_ops.shape(core)))]
+    return _ops.qr(_ops.unfold(core, mode).T)[0]
+
+
+def right_bases(core: Array) -> list[Array]:
+    """Return `right_basis` of every mode."""
+    return [right_basis(core, mode) for mode in range(len(_ops.shape(core)))]
 
 
 def fold_right(
@@ -227,7 +232,7 @@ def extend(
     new = _scaled(directions)
     for _ in range(2):
         new = new - basis @ (basis.T @ new)
-    new, _ = _ops.qr(_scaled(new))
+    new, _ = _ops.qr(new)
     q = _ops.concatenate([basis, new], 1)
     identity = _ops.eye(_ops.shape(q)[1], like=basis)
     # A basis that has drifted by rounding, too, goes the long way and comes out orthonormal.
@@ -417,18 +422,27 @@ def retract(point: Any, tangent: TuckerTangent, ranks: Any = None) -> TuckerPoin
     return truncate([TuckerPoint(core, wide.factors)], rule)[0].point
 
 
-def tangent_core(point: TuckerPoint, wide: TuckerPoint, tangent: TuckerTangent) -> Array:
+def tangent_core(
+    point: TuckerPoint,
+    wide: TuckerPoint,
+    tangent: TuckerTangent,
+    right: Sequence[Array] | None = None,
+) -> Array:
     """Return the core of a tangent vector in the bases of ``augment(point, ...)``.
 
     The block of the old bases holds Cdot, the block that is new in mode i only holds
-    ``Ten_i(Utilde_i^T Kdot_i Q_i^T)``, all others are zero.
+    ``Ten_i(Utilde_i^T Kdot_i Q_i^T)``, all others are zero. The Q_i are computed unless `right`
+    gives them.
     """
     blocks = []
-    triples = zip(wide.factors, tangent.factors, right_bases(point.core), strict=True)
-    for mode, (u, k, q) in enumerate(triples):
+    for mode, (u, k) in enumerate(zip(wide.factors, tangent.factors, strict=True)):
         new = u[:, point.ranks[mode] :]
         extent = list(point.ranks)
         extent[mode] = _ops.shape(new)[1]
+        if not extent[mode]:
+            blocks.append(_ops.zeros(extent, like=tangent.core))
+            continue
+        q = right_basis(point.core, mode) if right is None else right[mode]
         blocks.append(_ops.fold((new.T @ k) @ q.T, mode, extent))
     return _border(tangent.core, blocks)
 

@@ -64,7 +64,11 @@ def orthonormalise(point: Any) -> TuckerPoint:
 
 def _decompose(core: Array, shape: tuple[int, ...], facts: Facts) -> tuple[Spectrum, list[Array]]:
     """Return the singular values and left singular vectors of each unfolding of the core."""
-    pairs = [_ops.svd(_ops.unfold(core, mode)) for mode in range(len(shape))]
+    if len(shape) == 2:  # both unfoldings of a matrix have one SVD
+        u, s, v = _ops.svd_both(core)
+        pairs = [(u, s), (v, s)]
+    else:
+        pairs = [_ops.svd(_ops.unfold(core, mode)) for mode in range(len(shape))]
     values = tuple(_values(s) for _, s in pairs)
     return Spectrum(shape, values, _ops.itemsize(core), facts), [u for u, _ in pairs]
 

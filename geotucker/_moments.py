@@ -1,56 +1,145 @@
 """Optimizer moments through basis change and truncation.
 
-A moment that is shaped like the core and linear in its gradients (momentum, Adam's
-exp_avg) transforms like the core: zeros where a basis grew, ``P_i^T`` where it was rotated.
-Both are exact. A second moment (exp_avg_sq) is a diagonal in the old coordinates and has no
-exact transport; the squared entries of P_i give the diagonal of the rotated matrix, if the
-off-diagonal part that was never known is taken as zero.
+A moment that is linear in the gradients (momentum, Adam's exp_avg) is a tensor in the ambient
+space, and between steps it is kept as the tangent vector nearest to it: its part in the core's
+coordinates and, per mode, its part that moves the basis (`TuckerTangent`). A moment of the core
+alone would give the core momentum and the bases none. They would then lag behind by a factor of
+``1 / (1 - momentum)``, and training at momentum 0.9 is slow or diverges.
+
+1. The bases are extended by gradient *and* moment, so that both can be written in them;
+2. `lift` writes the moment in the wide bases, where the scheme updates it with the core;
+3. `carry` projects it on the tangent space at the truncated point.
+
+A second moment (exp_avg_sq) is a diagonal in the old coordinates and has no exact transport.
+`rotate_squares` takes the squared entries of P_i, which give the diagonal of the rotated matrix
+if the off-diagonal part, never known, is zero; `lift_squares` gives a new direction, about which
+nothing is known, the mean of the old ones.
 """
 
+import math
 from collections.abc import Sequence
 
 from . import _ops
+from ._geometry import project_modes, tangent_core
+from ._hosvd import Truncation
 from ._ops import Array
-from ._tensor import pad
+from ._tensor import TuckerPoint, TuckerTangent
 
-__all__ = ["lift", "rotate"]
-
-
-def lift(moment: Array, ranks: Sequence[int]) -> Array:
-    """Zero-pad a core-shaped moment to the ranks of the augmented bases.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from geotucker._moments import lift
-    >>> lift(np.ones((1, 1)), (2, 1)).tolist()
-    [[1.0], [0.0]]
-    """
-    return pad(moment, ranks)
+__all__ = ["carry", "lift", "lift_squares", "rotate_squares", "zero"]
 
 
-def rotate(moment: Array, rotations: Sequence[Array], squared: bool = False) -> Array:
-    """Carry a core-shaped moment through a truncation, ``moment x_i P_i^T``.
+def zero(point: TuckerPoint) -> tuple[Array, ...]:
+    """Return basis parts of zero for a moment at `point`."""
+    total = math.prod(point.ranks)
+    # As many columns as Q_i: fewer than r_i where no tensor has these ranks.
+    columns = [min(r, total // r) for r in point.ranks]
+    sides = zip(point.shape, columns, point.factors, strict=True)
+    return tuple(_ops.zeros((n, k), like=u) for n, k, u in sides)
+
+
+def lift(
+    point: TuckerPoint,
+    wide: TuckerPoint,
+    moment: TuckerTangent,
+    right: Sequence[Array] | None = None,
+) -> Array:
+    """Write a tangent vector at `point` in the bases of ``wide = augment(point, ...)``.
+
+    Exact where these contain the directions of the moment.
 
     Parameters
     ----------
-    moment : array, shape (m_1, ..., m_d)
-    rotations : sequence of arrays, shapes (m_i, r_i)
-        Of a `Truncation`.
-    squared : bool
-        For second moments: use the squared entries of the P_i (see the module's text).
+    point, wide : TuckerPoint
+    moment : TuckerTangent
+        At `point`.
+    right : sequence of arrays, optional
+        The Q_i of ``Mat_i(C)^T = Q_i S_i^T``, where they are known already.
 
     Returns
     -------
-    array, shape (r_1, ..., r_d)
+    array, shape (m_1, ..., m_d)
+        Shaped like the core of `wide`.
+
+    Examples
+    --------
+    >>> import numpy as np, geotucker as gt
+    >>> from geotucker._moments import lift
+    >>> point = gt.hosvd(np.ones((2, 2)), 1)
+    >>> moment = gt.project(point, np.array([[1.0, 1.0], [0.0, 0.0]]))
+    >>> wide = gt.augment(point, moment.factors)
+    >>> lifted = lift(point, wide, moment)
+    >>> np.allclose(gt.to_dense((lifted, wide.factors)), [[1.0, 1.0], [0.0, 0.0]])
+    True
+    """
+    return tangent_core(point, wide, moment, right)
+
+
+def carry(wide: TuckerPoint, cut: Truncation, moment: Array) -> TuckerTangent:
+    """Project a moment in the bases of `wide` on the tangent space at the truncated point.
+
+    Both lie in the span of the wide bases, so the projection is computed in their coordinates.
+
+    Parameters
+    ----------
+    wide : TuckerPoint
+        What was truncated.
+    cut : Truncation
+        Its truncation.
+    moment : array, shape (m_1, ..., m_d)
+        Shaped like the core of `wide`.
+
+    Returns
+    -------
+    TuckerTangent
+        At ``cut.point``; its core is ``moment x_i P_i^T``.
+
+    Examples
+    --------
+    >>> import numpy as np, geotucker as gt
+    >>> from geotucker._moments import carry
+    >>> wide = gt.hosvd(np.diag([2.0, 1.0]), 2)
+    >>> (cut,) = gt.truncate([wide], gt.Fixed(1))
+    >>> moment = carry(wide, cut, np.ones((2, 2)))
+    >>> abs(moment.core).round(9).tolist(), [abs(k).round(9).tolist() for k in moment.factors]
+    ([[1.0]], [[[0.0], [1.0]], [[0.0], [1.0]]])
+    """
+    inner = TuckerPoint(cut.point.core, cut.rotations)
+    modes = [
+        _ops.unfold(_ops.multi_mode_product(moment, cut.rotations, transpose=True, skip=i), i)
+        for i in range(inner.order)
+    ]
+    tangent = project_modes(inner, modes)
+    parts = (u @ k for u, k in zip(wide.factors, tangent.factors, strict=True))
+    return TuckerTangent(tangent.core, tuple(parts))
+
+
+def lift_squares(moment: Array, ranks: Sequence[int]) -> Array:
+    """Extend a second moment to the ranks of wider bases, new entries by means of the old.
 
     Examples
     --------
     >>> import numpy as np
-    >>> from geotucker._moments import rotate
-    >>> rotate(np.array([[3.0], [4.0]]), [np.array([[0.6], [0.8]]), np.eye(1)]).round(9).tolist()
-    [[5.0]]
+    >>> from geotucker._moments import lift_squares
+    >>> lift_squares(np.array([[1.0], [3.0]]), (3, 2)).tolist()
+    [[1.0, 1.0], [3.0, 3.0], [2.0, 2.0]]
     """
-    if squared:
-        rotations = [p * p for p in rotations]
-    return _ops.multi_mode_product(moment, rotations, transpose=True)
+    for mode, rank in enumerate(ranks):
+        old = _ops.shape(moment)[mode]
+        if rank > old:
+            mean = _ops.like([[1.0 / old] * old] * (rank - old), moment)
+            moment = _ops.concatenate([moment, _ops.mode_product(moment, mean, mode)], mode)
+    return moment
+
+
+def rotate_squares(moment: Array, rotations: Sequence[Array]) -> Array:
+    """Carry a second moment through a truncation, by the squared entries of the P_i.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from geotucker._moments import rotate_squares
+    >>> p = [np.array([[0.6], [0.8]]), np.eye(1)]
+    >>> rotate_squares(np.array([[1.0], [2.0]]), p).round(9).tolist()
+    [[1.64]]
+    """
+    return _ops.multi_mode_product(moment, [p * p for p in rotations], transpose=True)

@@ -40,6 +40,7 @@ __all__ = [
     "shape",
     "sign",
     "svd",
+    "svd_both",
     "tensordot",
     "to_numpy",
     "unfold",
@@ -238,6 +239,16 @@ def svd(matrix: Array) -> tuple[Array, Array]:
         matrix = backend.qr(matrix.T)[1].T
     u, s, _ = backend.svd(matrix, full_matrices=False)
     return u, s
+
+
+def svd_both(matrix: Array) -> tuple[Array, Array, Array]:
+    """Left and right singular vectors, as columns, and singular values between them."""
+    backend = _backend(matrix)
+    if dtype_name(matrix) in _HALF:
+        u, s, v = svd_both(_cast(matrix, backend.float32))
+        return _cast(u, matrix.dtype), s, _cast(v, matrix.dtype)
+    u, s, vt = backend.svd(matrix, full_matrices=False)
+    return u, s, vt.T
 
 
 def unfold(tensor: Array, mode: int) -> Array:

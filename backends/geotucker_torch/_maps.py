@@ -473,7 +473,9 @@ def _correlate(x: Tensor, y: Tensor) -> Tensor:
     """Sum ``x y^T`` over batch and positions: shape (channels of x, channels of y)."""
     positions, channels = math.prod(x.shape[2:]), min(x.shape[1], y.shape[1])
     if x.is_contiguous() and y.is_contiguous() and positions >= 2 * channels:
-        # One product per image; their sum is small beside the activations.
+        # One product per image, fewer channels first; their sum is small beside the activations.
+        if x.shape[1] > y.shape[1]:
+            return _correlate(y, x).mT
         return (x.flatten(2) @ y.flatten(2).mT).sum(0)
     order = x.dim() - 2
     shape = (x.shape[1], y.shape[1], *(1,) * order)

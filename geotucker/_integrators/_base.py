@@ -2,24 +2,24 @@
 
 Every integrator here is the same four phases and differs in the first two only:
 
-1. new bases that contain the old ones, so that the tensor does not change (`augment`);
+1. new bases that contain the old ones, so that the tensor does not change (`widen`);
 2. a gradient with respect to the core in these bases;
 3. one step of a one-step scheme on the core;
 4. truncation to the ranks that a rule chooses.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeAlias
 
 from .. import _ops
-from .._geometry import Gradient
+from .._geometry import Gradient, augment
 from .._hosvd import truncate
-from .._moments import lift, rotate
+from .._moments import carry, lift, zero
 from .._ops import Array
 from .._ranks import Facts, RankRule, Ranks, in_force
-from .._tensor import TuckerPoint, check_finite, check_like, pair_of
+from .._tensor import TuckerPoint, TuckerTangent, check_finite, check_like, pair_of
 
 __all__ = ["CoreScheme", "Euler", "Evaluate", "HeavyBall", "Report", "State", "StepResult"]
 
@@ -37,12 +37,12 @@ class State(NamedTuple):
     ----------
     step : int
         Steps taken.
-    moments : tuple of arrays
-        Of the one-step scheme, each shaped like the core.
+    moments : tuple of TuckerTangent
+        Of the one-step scheme, as tangent vectors at the point (see `geotucker._moments`).
     """
 
     step: int
-    moments: tuple[Array, ...]
+    moments: tuple[TuckerTangent, ...]
 
 
 class Report(NamedTuple):
@@ -81,7 +81,7 @@ class CoreScheme(Protocol):
     """A one-step scheme for the core: any callable of this form.
 
     A scheme with memory also has a method ``init(core) -> tuple of zeros like the core``;
-    the integrators carry these moments through basis changes.
+    the integrators keep these moments, linear in the gradients, as tangent vectors.
     """
 
     def __call__(
@@ -186,8 +186,9 @@ class OneStep:
 
     def init(self, point: TuckerPoint) -> State:
         """Return the state before the first step."""
-        init = getattr(self.scheme, "init", None)
-        return State(0, init(pair_of(point).core) if init is not None else ())
+        point, init = pair_of(point), getattr(self.scheme, "init", None)
+        cores = init(point.core) if init is not None else ()
+        return State(0, tuple(TuckerTangent(core, zero(point)) for core in cores))
 
     def rate(self, state: State) -> float:
         """Return the step size of the coming step.
@@ -197,10 +198,24 @@ class OneStep:
         return float(self.lr(state.step) if callable(self.lr) else self.lr)
 
 
+def widen(
+    point: TuckerPoint,
+    directions: Sequence[Array],  # shapes: (n_i, k_i)
+    state: State,
+) -> tuple[TuckerPoint, tuple[Array, ...]]:
+    """Phase 1: extend the bases by new directions and by those of the moments; lift the moments."""
+    # Zero columns would be completed by arbitrary ones, and the step would depend on the gauge.
+    moments = [m.factors for m in state.moments if any(_ops.max_abs(k) > 0.0 for k in m.factors)]
+    stacks = [_ops.concatenate(columns, 1) for columns in zip(directions, *moments, strict=True)]
+    wide = augment(point, stacks)
+    return wide, tuple(lift(point, wide, moment) for moment in state.moments)
+
+
 def finish(
     settings: OneStep,
     wide: TuckerPoint,
     gradient: Array,  # with respect to the core of `wide`
+    moments: tuple[Array, ...],  # shaped like the core of `wide`
     state: State,
     ranks: RankRule,
     previous: Ranks,  # before the bases were extended
@@ -208,17 +223,17 @@ def finish(
 ) -> StepResult:
     """Phases 3 and 4: one step of the scheme on the wide core, then truncation."""
     check_finite(gradient, "gradient")
-    moments = tuple(lift(moment, wide.ranks) for moment in state.moments)
     core, moments = settings.scheme(wide.core, gradient, settings.rate(state), moments)
     check_like(core, wide.core, "core after the step")
     check_finite(core, "core after the step")
     facts = Facts(previous, _allowance(gradient, core - wide.core))
     rule = in_force(ranks, state.step)
-    (cut,) = truncate([TuckerPoint(core, wide.factors)], rule, [facts])
-    moments = tuple(rotate(moment, cut.rotations) for moment in moments)
+    end = TuckerPoint(core, wide.factors)
+    (cut,) = truncate([end], rule, [facts])
+    carried = tuple(carry(end, cut, moment) for moment in moments)
     loss, gradient_norm, evaluations = measured
     report = Report(loss, gradient_norm, cut.point.ranks, cut.error_bound, evaluations)
-    return StepResult(cut.point, State(state.step + 1, moments), report)
+    return StepResult(cut.point, State(state.step + 1, carried), report)
 
 
 def _allowance(gradient: Array, step: Array) -> float:

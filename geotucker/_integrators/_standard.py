@@ -7,7 +7,7 @@ from .. import _ops
 from .._ops import Array
 from .._ranks import RankRule
 from .._tensor import TuckerPoint, check_finite, pair_of
-from ._base import Evaluate, OneStep, State, StepResult, finish
+from ._base import Evaluate, OneStep, State, StepResult, finish, widen
 
 __all__ = ["Standard"]
 
@@ -34,7 +34,7 @@ class Standard(OneStep):
         True: bases ``orth[U_i | K_i(1)]``, rank-adaptive, the tensor unchanged before the
         core's step (Ceruti, Kusch, Lubich 2022). False: bases ``orth K_i(1)``, the core
         projected on them (Ceruti, Lubich 2022, the unconventional integrator): ranks never
-        grow.
+        grow, and moments, projected too, move the core only.
 
     Examples
     --------
@@ -83,13 +83,13 @@ class Standard(OneStep):
         loss, gradient = evaluated[0]
         norm = geometry.norm_tangent(geometry.project(point, gradient))
         if self.augmented:
-            wide = geometry.augment(point, ends)
+            wide, moments = widen(point, ends, state)
         else:
-            wide, state = _rebase(point, ends, state)
+            wide, moments = _rebase(point, ends, state)
         core_gradient = geometry.contract(evaluate(wide)[1], wide.factors)
         measured = (float(loss), norm, point.order + 1)
         fixed = replace(self, lr=rate)  # a schedule is asked once a step
-        return finish(fixed, wide, core_gradient, state, ranks, point.ranks, measured)
+        return finish(fixed, wide, core_gradient, moments, state, ranks, point.ranks, measured)
 
 
 def _k_form(point: TuckerPoint, mode: int) -> TuckerPoint:
@@ -107,10 +107,11 @@ def _k_gradient(form: TuckerPoint, mode: int, gradient: geometry.Gradient) -> Ar
     return g @ _ops.unfold(form.core, mode).T
 
 
-def _rebase(point: TuckerPoint, ends: list[Array], state: State) -> tuple[TuckerPoint, State]:
+def _rebase(
+    point: TuckerPoint, ends: list[Array], state: State
+) -> tuple[TuckerPoint, tuple[Array, ...]]:
     """Project core and moments on the bases ``orth K_i(1)``."""
     factors = tuple(_ops.qr(k)[0] for k in ends)
-    maps = [new.T @ old for new, old in zip(factors, point.factors, strict=True)]
-    moments = tuple(_ops.multi_mode_product(moment, maps) for moment in state.moments)
-    core = _ops.multi_mode_product(point.core, maps)
-    return TuckerPoint(core, factors), State(state.step, moments)
+    tensors = [geometry.tangent_to_point(point, moment) for moment in state.moments]
+    core = geometry.contract(point, factors)
+    return TuckerPoint(core, factors), tuple(geometry.contract(t, factors) for t in tensors)

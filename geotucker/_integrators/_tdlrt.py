@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from .. import _geometry as geometry
 from .._ranks import RankRule
 from .._tensor import TuckerPoint, pair_of
-from ._base import Evaluate, OneStep, State, StepResult, finish
+from ._base import Evaluate, OneStep, State, StepResult, finish, widen
 
 __all__ = ["TDLRT"]
 
@@ -71,7 +71,8 @@ class TDLRT(OneStep):
         point = pair_of(point)
         loss, gradient = evaluate(point)
         tangent = geometry.project(point, gradient)
-        wide = geometry.augment(point, tangent.factors)
+        wide, moments = widen(point, tangent.factors, state)
         wide_gradient = geometry.contract(gradient, wide.factors)
         norm = geometry.norm_tangent(tangent)
-        return finish(self, wide, wide_gradient, state, ranks, point.ranks, (float(loss), norm, 1))
+        measured = (float(loss), norm, 1)
+        return finish(self, wide, wide_gradient, moments, state, ranks, point.ranks, measured)

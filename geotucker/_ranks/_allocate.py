@@ -4,16 +4,20 @@ The ranks of each tensor are enumerated if they are few, else on a geometric gri
 `_knapsack` chooses among them. A grid is then refined around the choice until that no longer
 changes.
 
+What is added up is attenuation: ``-log`` of the share of its energy that a mode keeps.
+
 *Guarantee.* With all ranks enumerated the choice is the optimum, or, for lists longer than the
-limit, loses more than the bound of the relaxation by less than one step of one tensor: see
-`_knapsack`. On a grid, let consecutive ranks a < b satisfy ``b - 1 <= (1 + delta) a`` and let c
-modes of a tensor be coarse. Lower the optimal ranks to the grid: the cost does not grow, and as
-singular values descend, the first a of r hold at least the share a / r of what the first r hold.
-If ``r_i`` then exceeds the product of the others (one i at most can: ``r_i > r_k q`` and
-``r_k > r_i q`` need q < 1), it is lowered to that product, which is at least the optimal ``r_i``
-divided by ``(1 + delta)^(c - 1)``. So the grid holds a choice that keeps
-``1 / (1 + delta)^max(1, c - 1)`` of the optimal energy: ``1 / (1 + delta)`` for a convolution,
-whose small modes are complete. Refinement never makes it less, and usually finds the optimum.
+limit, exceeds the bound of the relaxation by less than one step of one tensor: see `_knapsack`.
+On a grid, let consecutive ranks a < b of mode i satisfy ``b - 1 <= (1 + delta_i) a``, and let S be
+the sum of ``log(1 + delta_i)`` over the modes of a tensor; it is 0 where they are complete. Lower
+the optimal ranks to the grid: the cost does not grow, and as singular values descend, the first a
+of r hold at least the share a / r of what the first r hold. So a mode keeps at least the optimal
+share divided by ``1 + delta_i``, and the tensor's attenuation grows by at most S. If ``r_i`` then
+exceeds the product of the others (one i at most can: ``r_i > r_k q`` and ``r_k > r_i q`` need
+q < 1), it is lowered to that product, which is at least the optimal ``r_i`` divided by the
+others' ``1 + delta_k``: by the same argument mode i is attenuated by at most S more, and all modes
+together by ``2 S``. So the best choice on the grid is within the sum of ``2 S`` over the tensors,
+an additive constant. Refinement never makes it worse, and usually finds the optimum.
 """
 
 import math
@@ -24,9 +28,9 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from ._base import Ranks
-from ._knapsack import Floats, Ints, Options, fill, solve, total_cost, total_lost
+from ._knapsack import Floats, Ints, Options, fill, solve, total_cost, total_loss
 
-__all__ = ["Allocation", "Tensor", "allocate"]
+__all__ = ["Allocation", "Tensor", "allocate", "leeway"]
 
 # Limits of memory and time, by measurement: the boxes of LeNet-5 are enumerated, and VGG16
 # takes some tens of milliseconds.
@@ -43,24 +47,25 @@ class Tensor(NamedTuple):
     ----------
     lower, upper : tuple of int
         Least and largest ranks, both feasible.
-    lost : tuple of numpy.ndarray
-        Per mode, what is lost at rank 0, ..., upper_i: descending.
+    attenuation : tuple of numpy.ndarray
+        Per mode, ``-log`` of the share of energy that rank 0, 1, ... keeps: descending from
+        infinity, as rank 0, which no choice has, keeps nothing.
     cost : callable
         From ranks of shape (d, m) to their m costs; it does not fall where a rank grows.
     """
 
     lower: Ranks
     upper: Ranks
-    lost: tuple[Floats, ...]
+    attenuation: tuple[Floats, ...]
     cost: Callable[[Ints], Ints]
 
 
 class Allocation(NamedTuple):
-    """A choice for all tensors, and a lower bound of what any choice on its grid loses."""
+    """A choice for all tensors, and a lower bound for any choice on its grid."""
 
     ranks: list[Ranks]
     cost: int
-    lost: float
+    attenuation: float
     bound: float
 
 
@@ -73,7 +78,7 @@ def allocate(
     budget: float,
     aim: tuple[float, float] = (0.0, 0.0),
 ) -> Allocation:
-    """Return ranks that cost at most `budget` together and lose little; see the module.
+    """Return ranks that cost at most `budget` together and attenuate little; see the module.
 
     Parameters
     ----------
@@ -83,7 +88,7 @@ def allocate(
         Largest cost.
     aim : pair of float
         Cost c and share x: if the best choice costs less than c, one that costs at least that is
-        preferred, if there is one that loses at most ``1 + x`` times as much.
+        preferred, if there is one within the `leeway` x of the best.
     """
     grids = [_first_grid(tensor) for tensor in tensors]
     tables = [_options(tensor, grid) for tensor, grid in zip(tensors, grids, strict=True)]
@@ -104,19 +109,30 @@ def allocate(
         found = solve(tables, budget, found.price)
         best = min(best, _allocation(tables, found.picks, first.bound), key=_merit)
     least, share = aim
-    if best.cost < least and best.lost > 0.0:
-        picks = fill(tables, budget, least, found.price, (1.0 + share) * best.lost)
+    if best.cost < least and best.attenuation > 0.0:
+        worst = best.attenuation + leeway(best.attenuation, share)
+        picks = fill(tables, budget, least, found.price, worst)
         best = best if picks is None else _allocation(tables, picks, first.bound)
     return best
 
 
+def leeway(attenuation: float, share: float) -> float:
+    """Return by how much two choices may differ that are nearly as good as each other.
+
+    Their attenuations A differ by at most the share x of it, and what passes, ``exp(-A)``, by at
+    most that share: ``x min(A, 1)`` does both, as ``exp(-x) >= 1 - x``. The first matters where
+    little is lost, the second where much is.
+    """
+    return share * min(attenuation, 1.0)
+
+
 def _allocation(tables: Sequence[Options], picks: list[int], bound: float) -> Allocation:
     ranks = [tuple(table.ranks[:, k].tolist()) for table, k in zip(tables, picks, strict=True)]
-    return Allocation(ranks, total_cost(tables, picks), total_lost(tables, picks), bound)
+    return Allocation(ranks, total_cost(tables, picks), total_loss(tables, picks), bound)
 
 
 def _merit(allocation: Allocation) -> tuple[float, int]:
-    return allocation.lost, allocation.cost
+    return allocation.attenuation, allocation.cost
 
 
 def _first_grid(tensor: Tensor) -> Grid:
@@ -176,5 +192,5 @@ def _options(tensor: Tensor, grid: Grid) -> Options:
     for rank in ranks:  # one i at most breaks it: r_i > r_k q and r_k > r_i q need q < 1
         wide = np.flatnonzero(rank * rank > product)
         rank[wide] = product[wide] // rank[wide]
-    lost = sum(tail[rank] for tail, rank in zip(tensor.lost, ranks, strict=True))
-    return Options(ranks, tensor.cost(ranks), np.asarray(lost))
+    loss = sum(mode[rank] for mode, rank in zip(tensor.attenuation, ranks, strict=True))
+    return Options(ranks, tensor.cost(ranks), np.asarray(loss))

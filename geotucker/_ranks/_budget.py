@@ -11,7 +11,7 @@ import numpy as np
 
 from .._errors import RankError
 from .._tensor import feasible
-from ._allocate import Allocation, Tensor, allocate
+from ._allocate import Allocation, Tensor, allocate, leeway
 from ._base import (
     Ranks,
     Spectrum,
@@ -19,7 +19,6 @@ from ._base import (
     check_bounds,
     check_hysteresis,
     is_count,
-    tail_norms,
 )
 from ._knapsack import Floats, Ints
 
@@ -28,24 +27,31 @@ __all__ = ["Budget"]
 Unit: TypeAlias = Literal["parameters", "flops", "bytes"]
 
 USED = 0.99  # share of a fraction that is aimed at, and that previous ranks must use to stay
-MORE = 0.1  # heuristic: relative energy that may be lost for that aim
+MORE = 0.5  # heuristic: by so much worse may ranks be that reach the aim, see `leeway`
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
     """The best ranks that a budget over the whole network affords.
 
-    Of all ranks within the budget those are chosen that keep the most energy, the sum over
-    tensors and modes of ``sum_{j < r_i} s_ij^2 / ||W||^2`` with the singular values s_ij of mode
-    i: relative to each tensor, so that the scale of a layer does not matter. What is lost of a
-    tensor bounds its squared relative truncation error (De Lathauwer, De Moor, Vandewalle 2000,
-    Property 10). Networks of a few layers of moderate size get the optimum, larger ones a choice
-    with a proven ratio and within milliseconds: see `geotucker._ranks._allocate`.
+    A network is a chain, of which each layer lets a share of the energy pass, and what arrives is
+    the product. So of all ranks within the budget those are chosen for which the product of
+    ``kept_i = sum_{j < r_i} s_ij^2 / ||W||^2`` over tensors and modes is largest, with the
+    singular values s_ij of mode i: relative to each tensor, so that the scale of a layer does not
+    matter, and no layer becomes a bottleneck. (A heuristic: layers, and the modes of a tensor, are
+    taken as independent.)
+
+    The *attenuation* of a tensor, ``-sum_i log(kept_i)``, is at least ``sum_i (1 - kept_i)``, which
+    bounds its squared relative truncation error (De Lathauwer, De Moor, Vandewalle 2000, Property
+    10), and hardly more where nearly all is kept. Networks of a few layers of moderate size get
+    the least attenuation, larger ones a choice within a proven distance and within milliseconds:
+    see `geotucker._ranks._allocate`.
 
     Give exactly one of `parameters`, `flops` and `bytes`. A float in (0, 1] is a fraction of what
     the dense tensors take together: it is met within 1 % where steps in rank are that fine, also
-    by ranks that lose up to a tenth more than the best ones which cost less. An integer is an
-    absolute limit. Neither is spent on singular values that are zero to rounding.
+    by ranks that are a little worse than the best ones, which cost less: by at most half of the
+    attenuation and of the energy that passes. An integer is an absolute limit. Neither is spent
+    on singular values that are zero to rounding.
 
     Parameters
     ----------
@@ -61,7 +67,9 @@ class Budget:
         No mode goes above this rank.
     hysteresis : float
         In [0, 1). Previous ranks, where all are known, within the budget, and using 99 % of what
-        the best use, stay unless the best lower the lost energy by more than this fraction.
+        the best use, stay unless the best lower the attenuation by more than this fraction of it
+        or, where it exceeds 1, by more than this number; so what passes is not less by more than
+        this fraction either.
     steps : int
         Length of the schedule: with `start`, the budget moves there geometrically to its value
         within so many steps, see `at`.
@@ -82,6 +90,13 @@ class Budget:
     >>> flat, steep = gt.hosvd(np.eye(6), 4), gt.hosvd(np.diag([9.0, 2, 1, 1, 1, 1]), 4)
     >>> [cut.point.ranks for cut in gt.truncate([flat, steep], gt.Budget(parameters=60))]
     [(3, 3), (1, 1)]
+
+    Neither tensor becomes a bottleneck, though a rank of the large one costs more and keeps less
+    (the largest sum of what is kept has the ranks 1 and 8):
+
+    >>> large, small = gt.hosvd(np.eye(60), 60), gt.hosvd(np.eye(8), 8)
+    >>> [cut.point.ranks for cut in gt.truncate([large, small], gt.Budget(parameters=400))]
+    [(2, 2), (6, 6)]
 
     Start with a quarter of the dense parameters and come down to a twentieth:
 
@@ -189,9 +204,9 @@ class Budget:
         if not all(_fits(tensor, ranks) for tensor, ranks in pairs):
             return False
         cost = sum(_cost(tensor, ranks) for tensor, ranks in pairs)
-        lost = sum(_lost(tensor, ranks) for tensor, ranks in pairs)
+        now = sum(_attenuation(tensor, ranks) for tensor, ranks in pairs)
         enough = USED * best.cost <= cost <= budget
-        return enough and best.lost >= (1.0 - self.hysteresis) * lost
+        return enough and now - best.attenuation <= leeway(now, self.hysteresis)
 
     def _price(self, number: int, spectrum: Spectrum) -> tuple[Callable[[Ints], Ints], int]:
         """Return the cost of ranks, and of the dense tensor."""
@@ -220,19 +235,25 @@ class Budget:
         caps = [count if self.cap is None else min(self.cap, count) for count in counts]
         upper = feasible(caps, spectrum.shape)
         lower = feasible([min(f, u) for f, u in zip(floors, upper, strict=True)], spectrum.shape)
-        lost = tuple(_energies(values, spectrum.itemsize) for values in spectrum.values)
-        return Tensor(lower, upper, lost, cost)
+        losses = tuple(_attenuations(values, spectrum.itemsize) for values in spectrum.values)
+        return Tensor(lower, upper, losses, cost)
 
 
-def _energies(values: Values, itemsize: int) -> Floats:
-    """Return the relative energy beyond rank 0, 1, ..., zero where that is rounding."""
+def _attenuations(values: Values, itemsize: int) -> Floats:
+    """Return -log of the share of energy that rank 0, 1, ... keeps, without rounding errors."""
     values = np.asarray(values, dtype=np.float64)
     eps = 2.0**-52 if itemsize >= 8 else 2.0**-23  # half precision is decomposed in float32
     # Heuristic: the error of singular values, about sqrt(n) eps of the largest.
     noise = 2.0 * eps * math.sqrt(len(values)) * values[0]
-    tails = tail_norms(np.where(values > noise, values, 0.0))
-    energies: Floats = (tails / (tails[0] or 1.0)) ** 2
-    return energies
+    values = np.where(values > noise, values, 0.0)
+    if values[0] == 0.0:
+        return np.zeros(len(values) + 1)  # nothing can be lost
+    squares = (values / values[0]) ** 2
+    kept = np.cumsum(squares)
+    beyond = np.append(np.cumsum(squares[:0:-1])[::-1], 0.0)
+    # -log(kept / (kept + beyond)), exact to rounding whichever of the two is small.
+    attenuations: Floats = np.append(np.inf, np.log1p(beyond / kept))
+    return attenuations
 
 
 def _each(cost: Callable[[Any], Any], ranks: Ints) -> Ints:
@@ -250,8 +271,8 @@ def _cost(tensor: Tensor, ranks: Ranks) -> int:
     return int(tensor.cost(np.array(ranks)[:, None])[0])
 
 
-def _lost(tensor: Tensor, ranks: Ranks) -> float:
-    return float(sum(tail[rank] for tail, rank in zip(tensor.lost, ranks, strict=True)))
+def _attenuation(tensor: Tensor, ranks: Ranks) -> float:
+    return float(sum(mode[rank] for mode, rank in zip(tensor.attenuation, ranks, strict=True)))
 
 
 def _fits(tensor: Tensor, ranks: Ranks) -> bool:

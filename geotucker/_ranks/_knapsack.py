@@ -3,20 +3,20 @@
 The multiple-choice knapsack of Kellerer, Pferschy and Pisinger (2004, chapter 11), in two phases.
 
 1. *Relaxation*. For a price p per unit of cost each table on its own minimises
-   ``lost + p cost``; the price at which the budget is met is found by cutting planes on the dual
+   ``loss + p cost``; the price at which the budget is met is found by cutting planes on the dual
    (a concave, piecewise linear function of p, exact after finitely many steps). Its two choices,
    one just within the budget and one just above, are neighbours on the lower convex hulls of
-   (cost, lost): the optimum of the linear relaxation lies between them, a lower bound of what is
-   lost, and moving tables from one to the other while the budget lasts is the greedy algorithm
+   (cost, loss): the optimum of the linear relaxation lies between them, a lower bound of the
+   loss, and moving tables from one to the other while the budget lasts is the greedy algorithm
    along the hulls, which loses more than the bound by less than one step of one table.
 2. *Search*. A choice that is no worse than the greedy one, with loss l, has
-   ``lost + p cost <= l + p budget``. Options and partial sums that exceed this, even with the
+   ``loss + p cost <= l + p budget``. Options and partial sums that exceed this, even with the
    least values of all other tables, are dropped: exact fixing of variables by their reduced
    costs. The others are merged table by table, and of the partial sums only those are kept that
    no other beats in both cost and loss (Nemhauser and Ullmann 1969).
 
 Where no list of the search is longer than its limit, the choice is optimal: each discarded option
-or sum is worse than one that is kept. Where one is, the entries with least ``lost + p cost`` are
+or sum is worse than one that is kept. Where one is, the entries with least ``loss + p cost`` are
 kept, and the choice is at least as good as the greedy one.
 """
 
@@ -35,7 +35,7 @@ __all__ = [
     "fill",
     "solve",
     "total_cost",
-    "total_lost",
+    "total_loss",
 ]
 
 Floats: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"
@@ -56,7 +56,7 @@ class Options(NamedTuple):
 
     ranks: Ints  # shape: (d, m)
     cost: Ints  # shape: (m,)
-    lost: Floats  # shape: (m,)
+    loss: Floats  # shape: (m,)
 
 
 class Solution(NamedTuple):
@@ -74,21 +74,21 @@ def solve(tables: Sequence[Options], budget: float, price: float | None = None) 
     """
     within, above, price = _relax(tables, budget, price)
     if within is above:
-        return Solution(within, 0.0, total_lost(tables, within))
+        return Solution(within, 0.0, total_loss(tables, within))
     picks = _greedy(tables, budget, within, above)
     bound = sum(_best(table, price)[1] for table in tables) - price * budget
-    lost = total_lost(tables, picks)
-    if lost > bound:
-        found = _search(tables, budget, price, lost, _front)
-        if found and total_lost(tables, found[-1]) <= lost:
+    loss = total_loss(tables, picks)
+    if loss > bound:
+        found = _search(tables, budget, price, loss, _front)
+        if found and total_loss(tables, found[-1]) <= loss:
             picks = found[-1]
     return Solution(picks, price, bound)
 
 
 def fill(
-    tables: Sequence[Options], budget: float, least: float, price: float, lost: float
+    tables: Sequence[Options], budget: float, least: float, price: float, worst: float
 ) -> Picks | None:
-    """Return the best choice that costs from `least` to `budget` and loses at most `lost`.
+    """Return the best choice that costs from `least` to `budget` and loses at most `worst`.
 
     Found for sure while costs are below 1000 and lists below their limit; else sums whose costs
     agree to a thousandth of the budget share one place.
@@ -100,9 +100,9 @@ def fill(
         places = cost[order] // width
         return np.asarray(order[np.append(True, places[1:] > places[:-1])])
 
-    found = _search(tables, budget, price, lost, one_each)
+    found = _search(tables, budget, price, worst, one_each)
     filling = [picks for picks in found if total_cost(tables, picks) >= least]
-    return min(filling, key=lambda picks: total_lost(tables, picks), default=None)
+    return min(filling, key=lambda picks: total_loss(tables, picks), default=None)
 
 
 def total_cost(tables: Sequence[Options], picks: Picks) -> int:
@@ -110,17 +110,17 @@ def total_cost(tables: Sequence[Options], picks: Picks) -> int:
     return sum(int(table.cost[pick]) for table, pick in zip(tables, picks, strict=True))
 
 
-def total_lost(tables: Sequence[Options], picks: Picks) -> float:
+def total_loss(tables: Sequence[Options], picks: Picks) -> float:
     """Return what a choice loses."""
-    return math.fsum(table.lost[pick] for table, pick in zip(tables, picks, strict=True))
+    return math.fsum(table.loss[pick] for table, pick in zip(tables, picks, strict=True))
 
 
 # Phase 1
 
 
 def _best(table: Options, price: float) -> tuple[int, float]:
-    """Return the number and the value of the option with least ``lost + price * cost``."""
-    values = table.lost + price * table.cost
+    """Return the number and the value of the option with least ``loss + price * cost``."""
+    values = table.loss + price * table.cost
     pick = int(values.argmin())
     return pick, float(values[pick])
 
@@ -138,23 +138,23 @@ def _relax(
 
     They are one object if all that is of use is within the budget.
     """
-    above = [_first(table.lost, table.cost) for table in tables]
+    above = [_first(table.loss, table.cost) for table in tables]
     if total_cost(tables, above) <= budget:
         return above, above, 0.0
-    within = [_first(table.cost, table.lost) for table in tables]
+    within = [_first(table.cost, table.loss) for table in tables]
     ends = {True: within, False: above}
     costs = {side: total_cost(tables, end) for side, end in ends.items()}
-    losts = {side: total_lost(tables, end) for side, end in ends.items()}
+    losses = {side: total_loss(tables, end) for side, end in ends.items()}
     while True:
-        slope = (losts[True] - losts[False]) / (costs[False] - costs[True])
+        slope = (losses[True] - losses[False]) / (costs[False] - costs[True])
         price = slope if guess is None else guess
         picks = [_best(table, price)[0] for table in tables]
-        cost, lost = total_cost(tables, picks), total_lost(tables, picks)
+        cost, loss = total_cost(tables, picks), total_loss(tables, picks)
         # Strictly between the ends, so that rounding cannot go round in circles.
-        between = costs[True] < cost < costs[False] and losts[False] < lost < losts[True]
-        if between and lost + slope * cost < losts[True] + slope * costs[True]:
+        between = costs[True] < cost < costs[False] and losses[False] < loss < losses[True]
+        if between and loss + slope * cost < losses[True] + slope * costs[True]:
             side = cost <= budget
-            ends[side], costs[side], losts[side] = picks, cost, lost
+            ends[side], costs[side], losses[side] = picks, cost, loss
         elif guess is None:
             return ends[True], ends[False], slope
         guess = None
@@ -174,8 +174,8 @@ def _greedy(tables: Sequence[Options], budget: float, within: Picks, above: Pick
             room -= steps[k]
     for k, table in enumerate(tables):
         allowed = np.flatnonzero(table.cost <= table.cost[picks[k]] + room)
-        better = int(allowed[table.lost[allowed].argmin()])
-        if table.lost[better] < table.lost[picks[k]]:
+        better = int(allowed[table.loss[allowed].argmin()])
+        if table.loss[better] < table.loss[picks[k]]:
             room -= int(table.cost[better] - table.cost[picks[k]])
             picks[k] = better
     return picks
@@ -188,21 +188,21 @@ class _Sums(NamedTuple):
     """Partial sums over the tables merged so far, by ascending cost."""
 
     cost: Ints  # shape: (m,)
-    lost: Floats  # shape: (m,)
+    loss: Floats  # shape: (m,)
     picks: Ints  # shape: (m, number of tables merged)
 
 
 def _search(
-    tables: Sequence[Options], budget: float, price: float, lost: float, select: Select
+    tables: Sequence[Options], budget: float, price: float, worst: float, select: Select
 ) -> list[Picks]:
-    """Return choices within the budget that lose at most `lost`, by ascending cost."""
+    """Return choices within the budget that lose at most `worst`, by ascending cost."""
     most = LIST // len(tables) + 1
     least = [_best(table, price)[1] for table in tables]
     # Rounding must not drop the optimum.
-    ceiling = (lost + price * budget) * (1 + 1e-14)
+    ceiling = (worst + price * budget) * (1 + 1e-14)
     slack = ceiling - sum(least)
     kept = [
-        _useful(table.cost, table.lost, budget, (price, low + slack), select, most)
+        _useful(table.cost, table.loss, budget, (price, low + slack), select, most)
         for table, low in zip(tables, least, strict=True)
     ]
     order = sorted(range(len(tables)), key=lambda k: len(kept[k]))
@@ -215,7 +215,7 @@ def _search(
         limit = (price, ceiling - sum(least[j] for j in rest))
         affordable = budget - sum(cheapest[j] for j in rest)
         cost = np.add.outer(sums.cost, tables[k].cost[kept[k]]).ravel()
-        loss = np.add.outer(sums.lost, tables[k].lost[kept[k]]).ravel()
+        loss = np.add.outer(sums.loss, tables[k].loss[kept[k]]).ravel()
         useful = _useful(cost, loss, affordable, limit, select, most)
         parents, options = np.divmod(useful, len(kept[k]))
         picks = np.concatenate([sums.picks[parents], kept[k][options][:, None]], axis=1)
@@ -226,25 +226,25 @@ def _search(
 
 def _useful(
     cost: Ints,
-    lost: Floats,
+    loss: Floats,
     budget: float,
-    limit: tuple[float, float],  # price p and the largest lost + p cost
+    limit: tuple[float, float],  # price p and the largest loss + p cost
     select: Select,
     most: int,
 ) -> Ints:
     """Return the entries within budget and limit that `select` keeps, by ascending cost."""
     price, largest = limit
-    values = lost + price * cost
+    values = loss + price * cost
     useful = np.flatnonzero((cost <= budget) & (values <= largest))
-    useful = useful[select(cost[useful], lost[useful])]
+    useful = useful[select(cost[useful], loss[useful])]
     if len(useful) > most:
         useful = useful[np.sort(np.argpartition(values[useful], most)[:most])]
     return useful
 
 
-def _front(cost: Ints, lost: Floats) -> Ints:
+def _front(cost: Ints, loss: Floats) -> Ints:
     """Return the entries that no other beats in both, by ascending cost."""
-    order = np.lexsort((lost, cost))
-    in_order = lost[order]
+    order = np.lexsort((loss, cost))
+    in_order = loss[order]
     best: Floats = np.minimum.accumulate(in_order)
     return np.asarray(order[np.append(True, in_order[1:] < best[:-1])[: len(order)]])

@@ -1,7 +1,7 @@
 """What the tests of the core draw and share: shapes with ranks, points, objectives, tolerances."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,6 +146,15 @@ def assert_orthonormal(case: Case, point: Any, multiple: float = 50.0) -> None:
     """Assert ``|U_i^T U_i - I| <= 50 eps``, in float64, without geotucker's own check."""
     for u in case.pull(point)[1]:
         assert np.abs(u.T @ u - np.eye(u.shape[1])).max() <= multiple * case.eps
+
+
+def arrays_in(result: Any) -> Iterator[Any]:
+    """Yield the arrays in nested tuples and lists: points, tangent vectors, states."""
+    if isinstance(result, (tuple, list)):
+        for part in result:
+            yield from arrays_in(part)
+    else:
+        yield result
 
 
 def keep_all(spectra: Sequence[gt.Spectrum]) -> list[tuple[int, ...]]:

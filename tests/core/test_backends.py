@@ -13,7 +13,7 @@ from tensorly.backend import BackendManager
 import geotucker as gt
 from geotucker import _ops
 
-from .cases import Case, assert_close, quadratic, step
+from .cases import Case, arrays_in, assert_close, quadratic, step
 
 NAMES = ("numpy", "pytorch", "jax")  # what TensorLy's global backend may be set to here
 SCHEME = gt.HeavyBall(0.5)
@@ -62,14 +62,6 @@ def everything(case):
         results[f"{integrator}"] = (result.point, result.state.moments)
     numbers = [gt.norm(point), gt.inner(point, other), gt.inner_tangent(tangent, tangent)]
     return {name: list(arrays_in(result)) for name, result in results.items()}, numbers
-
-
-def arrays_in(result):
-    if isinstance(result, (tuple, list)):
-        for part in result:
-            yield from arrays_in(part)
-    else:
-        yield result
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -130,8 +122,9 @@ def test_nothing_that_is_passed_in_is_changed(backend):
     case = case_for(backend)
     core, factors = case.pull(case.point())
     shared = (case.array(core), [case.array(u) for u in factors])
-    z, moment = case.array(case.normal(*case.shape)), case.array(case.normal(*case.ranks))
-    arrays = [shared[0], *shared[1], z, moment]
+    z = case.array(case.normal(*case.shape))
+    moment = gt.project(shared, case.array(case.normal(*case.shape, stream=5)))
+    arrays = list(arrays_in((shared, z, moment)))
     before = [backend.numpy(array) for array in arrays]
     tangent = gt.project(shared, z)
     gt.add(gt.scale(shared, 2.0), gt.round(shared, 1))

@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+from fractions import Fraction
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import geotucker as gt
-from geotucker._ranks import PerTensor, _allocate, _knapsack
+from geotucker._ranks import PerTensor, _allocate, _budget, _knapsack
 
 LENET = [(20, 1, 5, 5), (50, 20, 5, 5), (500, 800), (10, 500)]
 LARGE = [(64, 3, 3, 3), (64, 64, 3, 3), (96, 64, 3, 3), (128, 96, 3, 3), (256, 128), (10, 256)]
@@ -26,36 +27,37 @@ def size(shape, ranks):
     return math.prod(ranks) + sum(n * r for n, r in zip(shape, ranks, strict=True))
 
 
-def kept(spectrum, ranks):
-    """Energy by the definition."""
+def attenuation(spectrum, ranks):
+    """Return -log of the product of what the modes keep, by the definition."""
     pairs = [(s, r) for s, r in zip(spectrum.values, ranks, strict=True) if s[0] > 0]
-    return sum(np.sum((s[:r] / s[0]) ** 2) / np.sum((s / s[0]) ** 2) for s, r in pairs)
+    kept = [np.sum((s[:r] / s[0]) ** 2) / np.sum((s / s[0]) ** 2) for s, r in pairs]
+    return -math.log(math.prod(kept))
 
 
 class Choice(NamedTuple):
     ranks: tuple
     cost: int
-    kept: float
+    loss: float
 
 
 def choices(spectrum, cost, floor=1, cap=99):
     counts = [len(values) for values in spectrum.values]
     box = [range(min(floor, c, cap), min(cap, c) + 1) for c in counts]
     found = [ranks for ranks in itertools.product(*box) if is_feasible(ranks)]
-    return [Choice(ranks, cost(ranks), kept(spectrum, ranks)) for ranks in found]
+    return [Choice(ranks, cost(ranks), attenuation(spectrum, ranks)) for ranks in found]
 
 
 def best(tables, budget, least=0):
-    """Most energy within the budget, over all combinations; None if there is none."""
+    """Least attenuation within the budget, over all combinations; None if there is none."""
     sums = [(0, 0.0)]
     for table in tables:
-        sums = [(a + c.cost, b + c.kept) for a, b in sums for c in table if a + c.cost <= budget]
-    return max((energy for cost, energy in sums if cost >= least), default=None)
+        sums = [(a + c.cost, b + c.loss) for a, b in sums for c in table if a + c.cost <= budget]
+    return min((loss for cost, loss in sums if cost >= least), default=None)
 
 
 def total(spectra, ranks, costs):
     pairs = list(zip(spectra, ranks, costs, strict=True))
-    return sum(cost(r) for _, r, cost in pairs), sum(kept(s, r) for s, r, _ in pairs)
+    return sum(cost(r) for _, r, cost in pairs), sum(attenuation(s, r) for s, r, _ in pairs)
 
 
 SHAPES = st.sampled_from([(4, 5), (6, 3), (3, 3), (2, 3, 4), (3, 3, 2), (2, 2, 2), (5, 1, 4), (3,)])
@@ -95,22 +97,20 @@ def test_small_networks_get_the_optimum(problem, share, floor, data):
     least, most = (sum(f(c.cost for c in table) for table in tables) for f in (min, max))
     budget = least + int(share * (most - least))
     ranks = gt.Budget(parameters=budget, floor=floor, cap=cap)(problem)
-    cost, energy = total(problem, ranks, costs)
+    cost, loss = total(problem, ranks, costs)
     assert cost <= budget
     assert all(ranks[k] in [choice.ranks for choice in table] for k, table in enumerate(tables))
-    assert energy == pytest.approx(best(tables, budget), rel=1e-12)
+    assert loss == pytest.approx(best(tables, budget), rel=1e-12, abs=1e-13)
 
 
 @given(problem=spectra(), shares=st.tuples(st.floats(0.0, 1.0), st.floats(0.0, 1.0)))
-def test_a_larger_budget_keeps_more(problem, shares):
+def test_a_larger_budget_attenuates_less(problem, shares):
     costs = costs_of(problem)
     least = sum(cost((1,) * len(s.shape)) for s, cost in zip(problem, costs, strict=True))
     dense = 2 * sum(math.prod(s.shape) for s in problem)
     budgets = sorted(least + int(share * dense) for share in shares)
-    energies = [
-        total(problem, gt.Budget(parameters=budget)(problem), costs)[1] for budget in budgets
-    ]
-    assert energies[0] <= energies[1] + 1e-12
+    losses = [total(problem, gt.Budget(parameters=budget)(problem), costs)[1] for budget in budgets]
+    assert losses[0] >= losses[1] - 1e-12
 
 
 @given(problem=spectra(), share=st.floats(0.0, 1.0))
@@ -122,40 +122,47 @@ def test_fractions_are_of_the_dense_tensors_and_used_to_one_per_cent(problem, sh
     fraction = math.nextafter(least / dense, 2.0) * (1.0 - share) + share
     if fraction > 1.0:
         return
-    cost, energy = total(problem, gt.Budget(parameters=fraction)(problem), costs)
+    cost, loss = total(problem, gt.Budget(parameters=fraction)(problem), costs)
     assert cost <= fraction * dense
-    everything = sum(max(c.kept for c in table) for table in tables)
-    lost = everything - best(tables, fraction * dense)
+    optimum = best(tables, fraction * dense)
     used = best(tables, fraction * dense, 0.99 * fraction * dense)
+    worst = optimum + 0.1 * min(optimum, 1.0)
     if cost >= 0.99 * fraction * dense:
-        assert energy == pytest.approx(used, rel=1e-12)
-        assert everything - energy <= 1.1 * lost + 1e-12
-    else:  # the optimum, as use of the rest would lose a tenth more, or nothing is left to keep
-        assert everything - energy == pytest.approx(lost, abs=1e-12)
-        assert used is None or lost < 1e-12 or everything - used >= 1.1 * lost - 1e-12
+        assert loss == pytest.approx(used, rel=1e-12, abs=1e-13)
+        assert loss <= worst + 1e-12
+    else:  # the optimum, as use of the rest would be a tenth worse, or nothing is left to keep
+        assert loss == pytest.approx(optimum, abs=1e-12)
+        assert used is None or optimum < 1e-12 or used >= worst - 1e-12
 
 
 def test_the_rest_of_a_fraction_is_used_where_it_costs_little():
-    problem = network(LENET, 0.0)
-    dense = sum(math.prod(shape) for shape in LENET)
+    shapes = [(8, 3, 3, 3), (10, 8, 3, 3), (20, 12)]
+    problem, dense = network(shapes, 2.0), sum(math.prod(shape) for shape in shapes)
     used = {}
-    for amount in (0.05, round(0.05 * dense)):
+    for amount in (0.1, int(0.1 * dense)):
         ranks = gt.Budget(parameters=amount)(problem)
         used[amount] = total(problem, ranks, costs_of(problem))[0]
-    assert used[amount] < 0.99 * 0.05 * dense  # an absolute budget is a limit only
-    assert 0.99 * 0.05 * dense <= used[0.05] <= 0.05 * dense
+    assert used[amount] < 0.99 * 0.1 * dense  # an absolute budget is a limit only
+    assert 0.99 * 0.1 * dense <= used[0.1] <= 0.1 * dense
 
 
-def test_the_rest_of_a_fraction_is_left_where_its_use_costs_much():
-    problem, fraction = network([(3, 4, 5), (8, 7), (2, 3, 3)], 6.0), 0.8
-    dense = sum(math.prod(s.shape) for s in problem)
+@pytest.mark.parametrize(
+    ("shapes", "decay", "fraction"),
+    [([(4, 6), (2, 6, 4)], 3.0, 0.82), ([(3, 4, 5), (8, 7), (2, 3, 3)], 2.0, 0.64)],
+    ids=["of the attenuation", "of what passes"],
+)
+def test_the_rest_of_a_fraction_is_left_where_its_use_costs_much(shapes, decay, fraction):
+    problem = network(shapes, decay)
+    dense = sum(math.prod(shape) for shape in shapes)
     tables = [choices(s, cost) for s, cost in zip(problem, costs_of(problem), strict=True)]
-    everything = sum(max(c.kept for c in table) for table in tables)
-    lost = everything - best(tables, fraction * dense)
-    lost_by_use = everything - best(tables, fraction * dense, 0.99 * fraction * dense)
-    assert 1.1 < lost_by_use / lost < 1.3
+    loss = best(tables, fraction * dense)
+    loss_by_use = best(tables, fraction * dense, 0.99 * fraction * dense)
+    if loss < 1.0:
+        assert 1.5 < loss_by_use / loss < 3.0
+    else:  # half of the attenuation would allow it
+        assert loss_by_use / loss < 1.5 < math.exp(loss_by_use - loss) < 2.0
     ranks = gt.Budget(parameters=fraction)(problem)
-    assert everything - total(problem, ranks, costs_of(problem))[1] == pytest.approx(lost)
+    assert total(problem, ranks, costs_of(problem))[1] == pytest.approx(loss)
 
 
 @given(problem=spectra(max_size=2), sizes=st.tuples(*[st.sampled_from([2, 4, 8])] * 2))
@@ -164,9 +171,9 @@ def test_bytes_count_dtypes(problem, sizes):
     costs = [lambda r, s=s: s.itemsize * size(s.shape, r) for s in problem]
     tables = [choices(s, cost) for s, cost in zip(problem, costs, strict=True)]
     budget = sum(min(c.cost for c in table) for table in tables) + 120
-    cost, energy = total(problem, gt.Budget(bytes=budget)(problem), costs)
+    cost, loss = total(problem, gt.Budget(bytes=budget)(problem), costs)
     assert cost <= budget
-    assert energy == pytest.approx(best(tables, budget), rel=1e-12)
+    assert loss == pytest.approx(best(tables, budget), rel=1e-12, abs=1e-13)
 
 
 def test_itemsize_is_that_of_the_arrays(backend):
@@ -205,16 +212,15 @@ def test_operations_are_the_callers(kind, problem, share):
     tables = [choices(s, cost) for s, cost in zip(problem, costs, strict=True)]
     least, most = (sum(f(c.cost for c in table) for table in tables) for f in (min, max))
     budget = least + int(share * (most - least))
-    cost, energy = total(problem, gt.Budget(flops=budget)(problem), costs)
+    cost, loss = total(problem, gt.Budget(flops=budget)(problem), costs)
     assert cost <= budget
-    assert energy == pytest.approx(best(tables, budget), rel=1e-12)
+    assert loss == pytest.approx(best(tables, budget), rel=1e-12, abs=1e-13)
     dense = sum(100 * math.prod(s.shape) for s in problem)
     if budget < dense:
         fraction = math.nextafter(budget / dense, 2.0)
         cost, of_fraction = total(problem, gt.Budget(flops=fraction)(problem), costs)
         assert cost <= fraction * dense
-        everything = sum(max(c.kept for c in table) for table in tables)
-        assert everything - of_fraction <= 1.1 * (everything - energy) + 1e-12
+        assert of_fraction <= loss + 0.5 * min(loss, 1.0) + 1e-12
 
 
 def test_a_cost_is_asked_for_many_ranks_at_a_time():
@@ -250,10 +256,10 @@ def tensors(problem):
 
 
 def relaxation(tables, budget):
-    """Lost energy of the linear relaxation, and the largest step along a hull."""
-    steps, cost, lost = [], 0, 0.0
+    """Attenuation of the linear relaxation, and the largest step along a hull."""
+    steps, cost, loss = [], 0, 0.0
     for table in tables:
-        points = sorted((c.cost, -c.kept) for c in table)
+        points = sorted((c.cost, c.loss) for c in table)
         hull = [points[0]]
         while True:
             here = hull[-1]
@@ -261,14 +267,14 @@ def relaxation(tables, budget):
             if not after:
                 break
             hull.append(min(after, key=lambda p: ((p[1] - here[1]) / (p[0] - here[0]), -p[0])))
-        cost, lost = cost + hull[0][0], lost + hull[0][1]
+        cost, loss = cost + hull[0][0], loss + hull[0][1]
         steps += [(q[0] - p[0], q[1] - p[1]) for p, q in itertools.pairwise(hull)]
     for width, height in sorted(steps, key=lambda s: s[1] / s[0]):
         share = min(1.0, (budget - cost) / width)
-        cost, lost = cost + share * width, lost + share * height
+        cost, loss = cost + share * width, loss + share * height
         if share < 1.0:
             break
-    return lost, max((-height for _, height in steps), default=0.0)
+    return loss, max((-height for _, height in steps), default=0.0)
 
 
 @given(problem=spectra(zeros=False), share=st.floats(0.0, 1.0), most=st.sampled_from([0, 2**12]))
@@ -280,20 +286,18 @@ def test_the_bound_is_the_relaxation_and_greedy_is_one_step_off(problem, share, 
     with patch.object(_knapsack, "LIST", most):  # 0: hardly anything beyond the greedy choice
         found = _allocate.allocate(tensors(problem), budget)
     bound, step = relaxation(tables, budget)
-    everything = sum(max(c.kept for c in table) for table in tables)
-    assert found.bound == pytest.approx(everything + bound, rel=1e-9, abs=1e-9)
+    assert found.bound == pytest.approx(bound, rel=1e-9, abs=1e-9)
     assert found.cost <= budget
-    assert found.bound - 1e-12 <= found.lost <= found.bound + step + 1e-9
-    cost, energy = total(problem, found.ranks, costs)
-    assert (found.cost, found.lost) == (cost, pytest.approx(everything - energy, abs=1e-9))
+    assert found.bound - 1e-12 <= found.attenuation <= found.bound + step + 1e-9
+    cost, loss = total(problem, found.ranks, costs)
+    assert (found.cost, found.attenuation) == (cost, pytest.approx(loss, abs=1e-9))
 
 
-def coarseness(tensor):
-    """Return the ratio that the first grid of a tensor guarantees."""
-    grid = _allocate._first_grid(tensor)
-    delta = [max(((b - 1) / a for a, b in itertools.pairwise(g)), default=1.0) for g in grid]
-    coarse = [d for d in delta if d > 1.0]
-    return max(coarse, default=1.0) ** max(1, len(coarse) - 1)
+def distance(tensors):
+    """Return the attenuation by which the first grids may miss the optimum."""
+    grids = [points for tensor in tensors for points in _allocate._first_grid(tensor)]
+    ratios = [max([1.0] + [(b - 1) / a for a, b in itertools.pairwise(g)]) for g in grids]
+    return 2.0 * sum(math.log(ratio) for ratio in ratios)
 
 
 @given(
@@ -301,7 +305,7 @@ def coarseness(tensor):
     share=st.floats(0.0, 1.0),
     rounds=st.sampled_from([0, 12]),
 )
-def test_grids_keep_their_ratio(problem, share, rounds):
+def test_grids_come_as_close_as_they_promise(problem, share, rounds):
     costs = costs_of(problem)
     tables = [choices(s, cost) for s, cost in zip(problem, costs, strict=True)]
     least, most = (sum(f(c.cost for c in table) for table in tables) for f in (min, max))
@@ -309,11 +313,11 @@ def test_grids_keep_their_ratio(problem, share, rounds):
     forms = tensors(problem)
     with patch.multiple(_allocate, BOX=1, GRID=10, ROUNDS=rounds, NEAR=1):
         found = _allocate.allocate(forms, budget)
-        ratio = max(coarseness(tensor) for tensor in forms)
-    cost, energy = total(problem, found.ranks, costs)
+        most = distance(forms)
+    cost, loss = total(problem, found.ranks, costs)
     assert cost == found.cost <= budget
     assert all(is_feasible(ranks) for ranks in found.ranks)
-    assert energy >= best(tables, budget) / ratio - 1e-9
+    assert loss <= best(tables, budget) + most + 1e-9
 
 
 def network(shapes, decay, seed=0):
@@ -332,14 +336,13 @@ def test_large_networks_come_close_to_the_bound(decay, fraction):
     problem = network(LARGE, decay)
     forms, budget = tensors(problem), fraction * sum(math.prod(shape) for shape in LARGE)
     assert any(math.prod(t.upper) > _allocate.BOX for t in forms)  # a grid is needed
-    ratio = max(coarseness(tensor) for tensor in forms)
-    assert ratio < 1.4
+    modes = sum(len(shape) for shape in LARGE)
+    assert distance(forms) / modes < 0.2
     with patch.object(_allocate, "BOX", 10**9):
         bound = _allocate.allocate(forms, budget).bound
     found = _allocate.allocate(forms, budget)
-    modes = sum(len(shape) for shape in LARGE)
-    assert modes - found.lost >= (modes - bound) / ratio
-    assert bound - 1e-12 <= found.lost <= 1.003 * bound + 1e-12  # what refinement gives in fact
+    # Refinement makes it far less in fact.
+    assert bound - 1e-12 <= found.attenuation <= 1.003 * bound + 1e-12
 
 
 @pytest.mark.parametrize("shapes", [LENET, LARGE], ids=["lenet5", "large"])
@@ -356,10 +359,10 @@ def test_the_budget_is_used_to_one_per_cent(shapes, decay, fraction):
 def test_grids_move_to_a_choice_outside():
     # The first choice is off by more than the last windows reach.
     shapes = [(300, 200, 3), (200, 300, 3), (40, 40, 40)]
-    forms, budget = tensors(network(shapes, 2.0)), 0.3 * sum(math.prod(shape) for shape in shapes)
+    forms, budget = tensors(network(shapes, 0.0)), 0.2 * sum(math.prod(shape) for shape in shapes)
     with patch.object(_allocate, "BOX", 10**6):
-        optimum = _allocate.allocate(forms, budget).lost
-    assert _allocate.allocate(forms, budget).lost <= optimum + 1e-12
+        optimum = _allocate.allocate(forms, budget).attenuation
+    assert _allocate.allocate(forms, budget).attenuation <= optimum + 1e-12
 
 
 # What a budget is for
@@ -372,6 +375,29 @@ def test_ranks_go_where_the_energy_is():
     assert a > b
     scaled = [problem[0], gt.Spectrum((10, 10), (1e6 * steep, 1e6 * steep))]
     assert gt.Budget(parameters=4 * 24)(scaled) == gt.Budget(parameters=4 * 24)(problem)
+
+
+def test_no_layer_becomes_a_bottleneck():
+    # A rank of the wide layer costs 1300 and adds 1 / 500 to what it keeps: the sum of all that is
+    # kept would be largest with rank 1, where a 500th arrives.
+    flat = [gt.Spectrum(s, tuple(np.ones(min(n, math.prod(s) // n)) for n in s)) for s in LENET]
+    ranks = gt.Budget(parameters=0.05)(flat)
+    assert ranks == [(20, 1, 5, 5), (9, 18, 5, 5), (8, 8), (10, 10)]
+
+
+def test_attenuations_are_exact():
+    for tail in (1.0, 1e-3, 1e-7, 1e-14):  # the squares of small ones vanish beside 1
+        values = np.array([1.0, *[tail] * 5])
+        squares = [Fraction(value) ** 2 for value in values.tolist()]
+        found = _budget._attenuations(1e200 * values, 8)
+        assert found[0] == np.inf
+        for rank in range(1, 7):
+            lost = sum(squares[rank:]) / sum(squares)
+            exact = -math.log1p(-float(lost))
+            assert found[rank] == pytest.approx(exact, rel=1e-13, abs=0.0)
+    many = np.ones(4096)
+    assert _budget._attenuations(many, 8)[1] == pytest.approx(math.log(4096), rel=1e-15)
+    assert np.array_equal(_budget._attenuations(np.zeros(3), 8), np.zeros(4))
 
 
 def test_a_network_is_truncated_to_its_budget(backend):
@@ -423,6 +449,9 @@ def test_hysteresis_keeps_ranks_that_are_nearly_as_good():
     assert hovering(0.50, 0.51, right) == right
     assert hovering(0.50, 0.51, left, hysteresis=0.0) == right
     assert hovering(0.50, 0.60, left) == right  # clearly better
+    assert hovering(0.50, 0.54, left) == right  # by 0.12 of the attenuation, less than 0.1 in all
+    assert hovering(0.90, 0.99, left, hysteresis=0.15) == right  # by 0.13 of it, more than 0.15
+    assert hovering(0.90, 0.99, left, hysteresis=0.19) == left
     assert hovering(0.50, 0.60, left, hysteresis=0.9) == left
     assert hovering(0.50, 0.51, [(2, 2), None]) == right  # not all are known
     assert hovering(0.50, 0.51, [(2, 2), (2, 2)]) == right  # not within the budget

@@ -8,7 +8,7 @@ import pytest
 import geotucker as gt
 
 from . import reference
-from .cases import ANY_SHAPE, Case, assert_close, assert_orthonormal, quadratic, step
+from .cases import ANY_SHAPE, Case, arrays_in, assert_close, assert_orthonormal, quadratic, step
 
 INTEGRATORS = [
     pytest.param(gt.TDLRT, {}, id="tdlrt"),
@@ -167,7 +167,7 @@ def test_nothing_changes_when_a_gradient_is_not_finite(backend, bad, integrator,
     integrator = integrator(0.1, gt.HeavyBall(0.5), **settings)
     z = case.normal(*case.shape)
     point, state, _ = step(integrator, case.point(), given_gradient(case, z), gt.Fixed(2))
-    arrays = [point.core, *point.factors, *state.moments]
+    arrays = list(arrays_in((point, state.moments)))
     before = [copy.deepcopy(backend.numpy(array)) for array in arrays]
     spoilt = z.copy()
     spoilt[1, 2, 0] = bad
@@ -198,11 +198,25 @@ def test_nothing_changes_when_a_gradient_is_not_finite(backend, bad, integrator,
     assert state.step == 1
 
 
+@pytest.mark.parametrize("augmented", [True, False])
+def test_the_gradient_in_new_bases_is_checked_too(backend, augmented):
+    case = Case(backend, "float64", (6, 5), (2, 2), 0)
+    calls = []
+
+    def objective(w):
+        calls.append(w)
+        return 0.0, case.array(np.full((6, 5), np.nan if len(calls) == 3 else 1.0))
+
+    with np.errstate(invalid="ignore"), pytest.raises(gt.NonFiniteError, match=r"^gradient:"):
+        step(gt.Standard(0.1, augmented=augmented), case.point(), objective, 2)
+
+
 @pytest.mark.parametrize(("integrator", "settings"), INTEGRATORS)
 def test_a_step_that_overflows_raises(backend, integrator, settings):
     case = Case(backend, "float64", (6, 5), (2, 2), 0)
     z = case.array(np.full((6, 5), 1e300))
-    with np.errstate(over="ignore", invalid="ignore"), pytest.raises(gt.NonFiniteError):
+    told = "core after the step|directions|gradient"  # the standard one's K-steps overflow first
+    with np.errstate(over="ignore", invalid="ignore"), pytest.raises(gt.NonFiniteError, match=told):
         step(integrator(1e10, **settings), case.point(), lambda w: (0.0, z), 2)
 
 

@@ -1,0 +1,120 @@
+"""Time and kernel launches of a training step on a CUDA device, in Tucker format and dense.
+
+Run from the root of the repository, with the extra ``train`` installed, where there is a GPU::
+
+    python benchmarks/gpu.py
+
+VGG16 and ResNet18 (CIFAR shapes, batch 128) with a tenth of the parameters: milliseconds of a step
+(median, the device synchronised around it), launches of kernels in it, and peak memory; dense,
+descent on core and factors, and TDLRT by its defaults, with the whole gradient, and between bases.
+The table goes to ``benchmarks/results/gpu.csv``. Without a CUDA device nothing is measured; this
+script has not been run on one yet.
+"""
+
+import csv
+import statistics
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from networks import NETWORKS, at_compression
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from geotucker_torch import TDLRT
+
+RESULTS = Path(__file__).parent / "results" / "gpu.csv"
+FIELDS = ["network", "method", "ms", "launches", "peak_mib", "device", "torch"]
+SETTINGS: dict[str, dict[str, Any]] = {
+    "TDLRT, default": {},
+    "TDLRT, whole gradient": {"integrator": "tdlrt"},
+    "TDLRT between bases": {"basis_every": 10**9},
+}
+
+
+def sgd(model: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+
+def methods(dense: nn.Module) -> dict[str, tuple[nn.Module, torch.optim.Optimizer]]:
+    """Return models and optimizers by name."""
+    small, _ = at_compression(deepcopy(dense).cpu(), 0.1)
+    small = small.cuda()
+    plain = deepcopy(small)
+    for parameter in plain.parameters():
+        parameter.requires_grad_(True)
+    found: dict[str, tuple[nn.Module, torch.optim.Optimizer]] = {
+        "dense": (dense, sgd(dense)),
+        "descent on core and factors": (plain, sgd(plain)),
+    }
+    for name, options in SETTINGS.items():
+        model = deepcopy(small)
+        found[name] = (model, TDLRT(sgd(model), model, **options))
+    return found
+
+
+def stepper(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """Return a function that takes one step on random images."""
+    x = torch.randn(128, 3, 32, 32, device="cuda")
+    labels = torch.randint(10, (128,), device="cuda")
+
+    def step() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def milliseconds(step: Callable[[], None], repeats: int) -> float:
+    """Return the median time of a step."""
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - began))
+    return statistics.median(times)
+
+
+def launches(step: Callable[[], None]) -> int:
+    """Count the kernels that a step launches."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as record:
+        step()
+    return sum(event.count for event in record.key_averages() if event.key == "cudaLaunchKernel")
+
+
+def main(
+    repeats: Annotated[int, typer.Option(help="Steps that are timed.")] = 30,
+    out: Annotated[Path, typer.Option(help="The table.")] = RESULTS,
+) -> None:
+    """Measure, write the table and print it."""
+    if not torch.cuda.is_available():
+        typer.echo("no CUDA device here: nothing is measured", err=True)
+        raise typer.Exit(1)
+    rows = []
+    for network, build in NETWORKS.items():
+        for name, (model, optimizer) in methods(build().cuda()).items():
+            step = stepper(model, optimizer)
+            for _ in range(3):
+                step()
+            torch.cuda.reset_peak_memory_stats()
+            took, count = milliseconds(step, repeats), launches(step)
+            peak = torch.cuda.max_memory_allocated() / 2**20
+            device = torch.cuda.get_device_name()
+            row = (network, name, round(took, 2), count, round(peak, 1), device, torch.__version__)
+            rows.append(row)
+            typer.echo("  ".join(map(str, row)))
+    out.parent.mkdir(exist_ok=True)
+    with out.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([FIELDS, *rows])
+
+
+if __name__ == "__main__":
+    typer.run(main)
