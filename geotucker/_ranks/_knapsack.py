@@ -102,7 +102,9 @@ def fill(
 
     found = _search(tables, budget, price, worst, one_each)
     filling = [picks for picks in found if total_cost(tables, picks) >= least]
-    return min(filling, key=lambda picks: total_loss(tables, picks), default=None)
+    best = min(filling, key=lambda picks: total_loss(tables, picks), default=None)
+    # What the search leaves out is sure to lose more than `worst`; what it keeps may too.
+    return best if best is not None and total_loss(tables, best) <= worst else None
 
 
 def total_cost(tables: Sequence[Options], picks: Picks) -> int:
