@@ -1,4 +1,4 @@
-"""LeNet-5 on MNIST: test accuracy of Tucker training at two compressions, dense beside it.
+"""LeNet-5 on MNIST: test accuracy of Tucker training at two budgets, dense beside it.
 
 Run from the root of the repository, with the extra ``train`` installed::
 
@@ -24,8 +24,8 @@ import typer
 RECIPE = ["--data", "mnist", "--model", "lenet5", "--optimizer", "sgd", "--lr", "0.2",
           "--batch-size", "64", "--epochs", "12", "--threads", "1"]  # fmt: skip
 SETTINGS = {
-    "95%": ["--ranks", "conv2=12,12,5,5;fc1=9;fc2=8"],  # with the dense baseline
-    "97%": ["--ranks", "conv2=8,8,5,5;fc1=5;fc2=5", "--no-baseline"],
+    "5%": ["--budget", "5%"],  # with the dense baseline
+    "3%": ["--budget", "3%", "--no-baseline"],
 }
 RESULTS = Path(__file__).parent / "results" / "lenet5_mnist.csv"
 FIELDS = ["setting", "network", "seed", "epochs", "parameters", "compression", "test_accuracy"]

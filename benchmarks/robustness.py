@@ -6,10 +6,10 @@ Run from the root of the repository, with the extra ``train`` installed::
 
 Every optimizer at five learning rates over two decades, constant, batch 128; the weights at
 PyTorch's start and with singular values that decay exponentially from 1 to 1e-12. Beside the dense
-network: all layers in Tucker format by `factorize`, trained by `TDLRT` with its defaults, at fixed
+network: all layers in Tucker format, trained by `TDLRT` with its defaults, at fixed
 ranks 2 and 8 and at full ranks, and from rank 2 with ranks that adapt to a tolerance of 0.1. The
 table is written to ``benchmarks/results/robustness.csv``. MNIST is downloaded, or read from the
-folder that ``GEOTUCKER_DATA_DIR`` names. About 20 minutes on two cores.
+folder that ``GEOTUCKER_DATA_DIR`` names. About 25 minutes on two cores.
 """
 
 import csv
@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import geotucker as gt
-from geotucker_torch import TDLRT
+from geotucker_torch import TDLRT, TuckerConv2d, TuckerLinear
 from geotucker_torch._train._data import DataSet, load
 from geotucker_torch._train._fetch import data_folder
 
@@ -107,8 +107,6 @@ def train(run: Run) -> float:
 
 def convert(model: nn.Sequential, rank: int) -> None:
     """Turn every layer into a Tucker layer, also where `factorize` would see no gain."""
-    from geotucker_torch import TuckerConv2d, TuckerLinear
-
     for i, layer in enumerate(model):
         kind = {nn.Conv2d: TuckerConv2d, nn.Linear: TuckerLinear}.get(type(layer))
         if kind is not None:
