@@ -189,7 +189,9 @@ class TDLRT(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the wrapped optimizer's ``state_dict`` with the entry ``"tdlrt"`` added."""
-        own = {"steps": self._steps, "first_ranks": self._rules.first}
+        layers = {slot.name: slot.layer for slot in self._slots if slot.layer is not None}
+        scales = {name: float(layer.loss_scale) for name, layer in layers.items()}
+        own = {"steps": self._steps, "loss_scales": scales, **self._rules.state()}
         return {**self.wrapped.state_dict(), "tdlrt": own}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -217,8 +219,10 @@ class TDLRT(Optimizer):
         _check_shapes(state_dict, self.wrapped)
         self.wrapped.load_state_dict({k: v for k, v in state_dict.items() if k != "tdlrt"})
         self._steps = int(own["steps"])
-        first = {name: tuple(ranks) for name, ranks in own["first_ranks"].items()}
-        self._rules = Rules(self._rules.rules, first)
+        self._rules = self._rules.with_state(own)
+        for slot in self._slots:
+            if slot.layer is not None:
+                slot.layer.loss_scale = own["loss_scales"].get(slot.name, 1.0)
         self._arm()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -64,6 +64,22 @@ class Rules:
                 )
         return cls(rules, first)
 
+    def state(self) -> dict[str, Any]:
+        """Return what a schedule needs to go on elsewhere: where budgets began, and ranks."""
+        budgets = {p: rule for p, rule in self.rules.items() if isinstance(rule, gt.Budget)}
+        starts = {pattern: rule.start for pattern, rule in budgets.items()}
+        return {"first_ranks": self.first, "starts": starts}
+
+    def with_state(self, state: Mapping[str, Any]) -> "Rules":
+        """Return these rules with a state of theirs."""
+        rules = dict(self.rules)
+        for pattern, start in state["starts"].items():
+            rule = rules.get(pattern)
+            if isinstance(rule, gt.Budget):
+                rules[pattern] = dataclasses.replace(rule, start=start)
+        first = {name: tuple(ranks) for name, ranks in state["first_ranks"].items()}
+        return Rules(rules, first)
+
     def in_force(self, step: int, names: Sequence[str]) -> gt.RankRule:
         """Return one rule for the tensors of these names, as it is at a step."""
         owners = [next((p for p in self.rules if fnmatchcase(n, p)), None) for n in names]

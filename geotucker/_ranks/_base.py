@@ -1,7 +1,6 @@
 """What rules are told, what they are, and how their answers are checked."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -12,7 +11,6 @@ __all__ = [
     "Cost",
     "Facts",
     "ModeRule",
-    "PerTensor",
     "RankRule",
     "Ranks",
     "Spectrum",
@@ -127,28 +125,6 @@ class ModeRule:
 def _previous(spectrum: Spectrum) -> Sequence[int | None]:
     previous = spectrum.facts.previous
     return [None] * len(spectrum.values) if previous is None else previous
-
-
-@dataclass(frozen=True)
-class PerTensor:
-    """One rule for each tensor of a network.
-
-    Parameters
-    ----------
-    rules : tuple of RankRule
-        As many as there are tensors, in their order.
-    """
-
-    rules: tuple[RankRule, ...]
-
-    def __call__(self, spectra: Sequence[Spectrum], /) -> list[Ranks]:
-        """Apply each rule to its own spectrum."""
-        pairs = zip(self.rules, spectra, strict=True)
-        return [tuple(rule([spectrum])[0]) for rule, spectrum in pairs]
-
-    def at(self, step: int) -> "PerTensor":
-        """Return the rules in force at a step."""
-        return PerTensor(tuple(in_force(rule, step) for rule in self.rules))
 
 
 def in_force(rule: RankRule, step: int) -> RankRule:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import geotucker as gt
-from geotucker._ranks import PerTensor, _allocate, _budget, _knapsack
+from geotucker._ranks import _allocate, _budget, _knapsack
 
 LENET = [(20, 1, 5, 5), (50, 20, 5, 5), (500, 800), (10, 500)]
 LARGE = [(64, 3, 3, 3), (64, 64, 3, 3), (96, 64, 3, 3), (128, 96, 3, 3), (256, 128), (10, 256)]
@@ -474,8 +474,6 @@ def test_a_schedule_goes_geometrically_from_start_to_target():
     assert gt.Budget(bytes=0.5).at(0) == gt.Budget(bytes=0.5)
     assert gt.Budget(bytes=0.5, start=0.9).at(0) == gt.Budget(bytes=0.5)
     assert gt.Budget(bytes=0.5, steps=9).at(3) == gt.Budget(bytes=0.5)
-    pair = PerTensor((growing, gt.Fixed(2)))
-    assert pair.at(1) == PerTensor((gt.Budget(flops=10), gt.Fixed(2)))
 
 
 @pytest.mark.parametrize(

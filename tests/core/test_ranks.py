@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import geotucker as gt
-from geotucker._ranks import PerTensor
 from geotucker._tensor import feasible
 
 SHAPES = st.lists(st.integers(1, 7), min_size=1, max_size=5).map(tuple)
@@ -176,12 +175,6 @@ def test_a_rule_sees_all_tensors_at_once():
     singular = np.linalg.svd(points[1].core, compute_uv=False)
     np.testing.assert_allclose(seen[1].values[0], singular, rtol=1e-12)
     np.testing.assert_allclose(seen[1].values[1], singular, rtol=1e-12)
-
-
-def test_one_rule_per_tensor():
-    points = [gt.testing.random_point((5, 4), (3, 3), seed=i) for i in range(2)]
-    rule = PerTensor((gt.Fixed(2), gt.Tolerance(0.0)))
-    assert [cut.point.ranks for cut in gt.truncate(points, rule)] == [(2, 2), (3, 3)]
 
 
 def test_a_rule_of_ones_own_decides_mode_by_mode():
