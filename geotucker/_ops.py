@@ -228,17 +228,30 @@ def svd(matrix: Array) -> tuple[Array, Array]:
     """Left singular vectors and singular values, descending.
 
     A wide matrix is first reduced by a QR decomposition of its transpose, which costs
-    far less than the SVD and, unlike the Gram matrix, keeps small singular values exact.
+    far less than the SVD and, unlike the Gram matrix, keeps small singular values exact. In
+    single precision the Gram matrix in double precision is as exact, and faster: its error of
+    eps_64 ||A||^2 is one of 1e-8 ||A|| in the singular values, where float32 has 1e-7 ||A||.
     """
     backend = _backend(matrix)
     if dtype_name(matrix) in _HALF:
         u, s = svd(_cast(matrix, backend.float32))
         return _cast(u, matrix.dtype), s
     rows, columns = shape(matrix)
+    if columns > rows and dtype_name(matrix) == "float32" and backend_name(matrix) != "jax":
+        return _svd_by_gram(matrix)  # JAX has no float64 unless its users ask for it
     if columns > rows:
         matrix = backend.qr(matrix.T)[1].T
     u, s, _ = backend.svd(matrix, full_matrices=False)
     return u, s
+
+
+def _svd_by_gram(matrix: Array) -> tuple[Array, Array]:
+    backend, single = _backend(matrix), matrix.dtype
+    matrix = _cast(matrix, backend.float64)
+    squares, vectors = backend.eigh(matrix @ matrix.T)
+    descending = list(range(len(squares)))[::-1]
+    values = backend.sqrt(backend.clip(squares[descending], 0.0))
+    return _cast(vectors[:, descending], single), _cast(values, single)
 
 
 def svd_both(matrix: Array) -> tuple[Array, Array, Array]:
