@@ -18,8 +18,7 @@ __all__ = [
     "contract",
     "core_gradient",
     "dense_weight",
-    "fold_channels",
-    "fold_spatial",
+    "fold",
     "tucker_conv",
     "tucker_linear",
     "without_autocast",
@@ -27,7 +26,7 @@ __all__ = [
 
 
 def contract(
-    layer_map: LinearMap | ConvMap,
+    layer_map: LayerMap,
     x: Tensor,
     core: Tensor,  # shape: (r_out, r_in, r_k1, ...)
     factors: Sequence[Tensor],  # shapes: (out, r_out), (in, r_in), (k_1, r_k1), ...
@@ -38,7 +37,7 @@ def contract(
 
     Parameters
     ----------
-    layer_map : LinearMap or ConvMap
+    layer_map : LayerMap
         The kind of layer and its options.
     x : Tensor
         Input of the layer.
@@ -65,8 +64,7 @@ def contract(
     sizes = layer_map.sizes(rows, core, u_out, u_in)
     contraction = contraction or cheapest(sizes)
     with without_autocast(core):
-        kernel = fold_spatial(core, factors[2:])
-        kernel = fold_channels(kernel, u_out, u_in, contraction, sizes)
+        kernel = fold(core, factors, contraction, sizes)
     a = layer_map.project_input(rows, u_in) if contraction.project_input else rows
     if contraction.project_output:
         b = layer_map.apply(a, kernel, None, split=True)
@@ -127,7 +125,7 @@ def core_gradient(
         kernel = _move(kernel, 1, u_in.t()).movedim(-1, 1)
     if not out_projected:
         kernel = torch.tensordot(u_out.t(), kernel, 1)
-    return fold_spatial(kernel, [basis.t() for basis in spatial])
+    return _fold_spatial(kernel, [basis.t() for basis in spatial])
 
 
 def dense_weight(core: Tensor, factors: Sequence[Tensor]) -> Tensor:
@@ -218,21 +216,15 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def fold_spatial(core: Tensor, spatial: Sequence[Tensor]) -> Tensor:
-    """Apply the spatial factors to axes 2, 3, ... of a core."""
-    for factor in spatial:  # axis 2 goes last each time, which restores the order at the end
-        core = _move(core, 2, factor)
-    return core
-
-
-def fold_channels(
-    kernel: Tensor,  # shape: (r_out, r_in, ...)
-    u_out: Tensor,  # shape: (out, r_out)
-    u_in: Tensor,  # shape: (in, r_in)
+def fold(
+    core: Tensor,  # shape: (r_out, r_in, r_k1, ...)
+    factors: Sequence[Tensor],  # shapes: (out, r_out), (in, r_in), (k_1, r_k1), ...
     contraction: Contraction,
     sizes: Sizes,
 ) -> Tensor:
-    """Contract the kernel with the channel factors that are not projected."""
+    """Return the kernel: the core with the spatial factors and those that are not projected."""
+    u_out, u_in, *spatial = factors
+    kernel = _fold_spatial(core, spatial)
     input_first, output_first = both_folded(sizes)
     fold_input = not contraction.project_input
     if fold_input and input_first <= output_first:
@@ -243,6 +235,13 @@ def fold_channels(
     if fold_input:
         kernel = _move(kernel, 1, u_in).movedim(-1, 1)
     return kernel
+
+
+def _fold_spatial(core: Tensor, spatial: Sequence[Tensor]) -> Tensor:
+    """Apply matrices to axes 2, 3, ... of a core."""
+    for factor in spatial:  # axis 2 goes last each time, which restores the order at the end
+        core = _move(core, 2, factor)
+    return core
 
 
 def _move(tensor: Tensor, axis: int, factor: Tensor) -> Tensor:

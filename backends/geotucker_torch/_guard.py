@@ -1,53 +1,18 @@
-"""All or nothing: what a step would spoil is looked at first, and what it spoiled is put back."""
+"""All or nothing: what a failed step has spoiled is put back."""
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 import geotucker as gt
 
 from ._slots import Slot
 
-__all__ = ["check_finite", "restored_if_it_fails"]
-
-
-def check_finite(named: Iterable[tuple[str, Tensor]]) -> None:
-    """Raise NonFiniteError, which names the first culprit, unless all tensors are finite.
-
-    The device is asked once, however many tensors there are.
-
-    Parameters
-    ----------
-    named : iterable of (str, Tensor)
-        Tensors, dense or sparse, with names for the message.
-
-    Raises
-    ------
-    geotucker.NonFiniteError
-        If there is NaN or infinity.
-    """
-    tensors = [(name, t.coalesce().values() if t.is_sparse else t) for name, t in named]
-    if _all_finite([t for _, t in tensors]):
-        return
-    name = next(name for name, t in tensors if not bool(torch.isfinite(t).all()))
-    raise gt.NonFiniteError(
-        f"{name}: expected finite numbers, got NaN or infinity. The step was undone; "
-        "the usual causes are a learning rate that is too large and input that is not finite"
-    )
-
-
-def _all_finite(tensors: Sequence[Tensor]) -> bool:
-    # A largest magnitude is not finite exactly if an entry is not; a sum may overflow.
-    largest = [t.detach().abs().max().double() for t in tensors if t.numel()]
-    if not largest:
-        return True
-    device = largest[0].device
-    return bool(torch.isfinite(torch.stack([t.to(device) for t in largest])).all())
+__all__ = ["restored_if_it_fails"]
 
 
 @contextmanager
@@ -66,7 +31,7 @@ def restored_if_it_fails(optimizer: Optimizer, slots: Sequence[Slot]) -> Iterato
     """
     points = [slot.point for slot in slots]
     layers = [slot.layer for slot in slots if slot.layer is not None]
-    lifts = [(layer.armed, layer.narrow) for layer in layers]
+    lifts = [layer.lift_state() for layer in layers]
     gradients = {p: p.grad for slot in slots for p in (slot.core, *slot.factors)}
     factors = {factor for slot in slots for factor in slot.factors}
     stepped = [p for group in optimizer.param_groups for p in group["params"]]
@@ -80,7 +45,7 @@ def restored_if_it_fails(optimizer: Optimizer, slots: Sequence[Slot]) -> Iterato
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
         for layer, lift in zip(layers, lifts, strict=True):
-            layer.armed, layer.narrow = lift
+            layer.restore_lift(lift)
         with torch.no_grad():
             for parameter, value in values.items():
                 if parameter not in gradients:

@@ -292,6 +292,16 @@ class TuckerModule(nn.Module):
     def _untouched(self) -> bool:
         return self.core._version == self._lifted_version
 
+    def lift_state(self) -> tuple[Any, ...]:
+        """Return what `restore_lift` needs, parameters aside."""
+        record = self.armed, self.narrow, self.lifted_norm, self.loss_scale
+        return (*record, self._untouched)
+
+    def restore_lift(self, state: tuple[Any, ...]) -> None:
+        """Go back to a state of `lift_state`; the parameters are those of that moment again."""
+        self.armed, self.narrow, self.lifted_norm, self.loss_scale, untouched = state
+        self._lifted_version = self.core._version if untouched else -1
+
     def settle(self) -> None:
         """Make a lift final; the core's gradient is the one that the step is taken with."""
         if self.narrow is not None and self.core.grad is not None and self.lifted_norm is not None:

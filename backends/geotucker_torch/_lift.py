@@ -33,7 +33,8 @@ import geotucker as gt
 from geotucker import _ops
 from geotucker._geometry import gauge, tangent_core
 
-from ._contract import core_gradient, fold_channels, fold_spatial, without_autocast
+from ._contract import core_gradient, fold, without_autocast
+from ._finite import all_finite
 from ._plan import cheapest
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def _lift(ctx: Any, g: Tensor, h: Tensor, grad_k_in: Tensor | None) -> Tensor | 
         tangent = _directions(ctx, g, h, grad_k_in)
     if armed:
         assert tangent is not None
-        if not _all_finite(tangent):
+        if not all_finite(tangent):
             return None
         layer.lift(_with_drift(tangent, extension.drift, layer.loss_scale))
     wide = layer.point
@@ -171,7 +172,7 @@ def _with_drift(
         return list(gradients)
     pairs = zip(gradients, drift, strict=True)
     moved = [d + scale * v if d.shape == v.shape else d for d, v in pairs]
-    return moved if _all_finite(moved) else list(gradients)
+    return moved if all_finite(moved) else list(gradients)
 
 
 def _same(a: gt.TuckerPoint, b: gt.TuckerPoint) -> bool:
@@ -206,9 +207,7 @@ def _gauges(ctx: Any) -> list[tuple[int, tuple[Tensor, Tensor] | None]]:
 
 
 def _kernel(ctx: Any, core: Tensor) -> Tensor:
-    factors = ctx.point.factors
-    kernel = fold_spatial(core, factors[2:])
-    return _cast(fold_channels(kernel, factors[0], factors[1], ctx.order, ctx.sizes), ctx.dtype)
+    return _cast(fold(core, ctx.point.factors, ctx.order, ctx.sizes), ctx.dtype)
 
 
 def _input_gradients(ctx: Any, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -250,9 +249,3 @@ def _directions(ctx: Any, g: Tensor, h: Tensor, grad_k_in: Tensor | None) -> lis
                         others = _ops.mode_product(others, factor, axis, transpose=True)
                 found[mode] = _ops.unfold(others, mode) @ _ops.unfold(gauged[0], mode).T
     return [d.to(core.dtype) for d in found if d is not None]
-
-
-def _all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Tell whether every entry is finite, with one look at the device."""
-    largest = [tensor.abs().max() for tensor in tensors if tensor.numel()]
-    return not largest or bool(torch.isfinite(torch.stack(largest)).all())

@@ -47,8 +47,12 @@ class LayerMap(Protocol):
         """Return all that the planner wants to know."""
         ...
 
+    def check(self, x: Tensor, in_channels: int) -> None:
+        """Raise ShapeError unless the layer can take `x`."""
+        ...
+
     def enter(self, x: Tensor) -> Tensor:
-        """Check the layer's input and bring it into the form that the others take."""
+        """Bring the layer's input into the form that the others take."""
         ...
 
     def leave(self, y: Tensor, x: Tensor) -> Tensor:
@@ -117,11 +121,11 @@ class LinearMap:
         batch = math.prod(x.shape[:-1])
         return Sizes(u_out.shape[0], u_in.shape[0], core.shape[0], core.shape[1], batch)
 
-    def check(self, x: Tensor, in_features: int) -> None:
-        """Raise ShapeError unless the layer can take `x`."""
-        if x.dim() == 0 or x.shape[-1] != in_features:
+    def check(self, x: Tensor, in_channels: int) -> None:
+        """See `LayerMap`."""
+        if x.dim() == 0 or x.shape[-1] != in_channels:
             raise ShapeError(
-                f"x: expected a last dimension of {in_features} features, got shape "
+                f"x: expected a last dimension of {in_channels} features, got shape "
                 f"{tuple(x.shape)}"
             )
 

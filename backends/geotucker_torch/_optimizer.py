@@ -12,8 +12,10 @@ from torch.optim import Optimizer
 
 import geotucker as gt
 from geotucker._geometry import gauge
+from geotucker._integrators._base import allowance
 
-from ._guard import check_finite, restored_if_it_fails
+from ._finite import check_finite
+from ._guard import restored_if_it_fails
 from ._layers import TuckerModule
 from ._lift import Extension
 from ._rules import Rules, flops_of
@@ -300,14 +302,21 @@ class TDLRT(Optimizer):
 
     def _arm(self) -> None:
         """Have our own layers extend their bases in the next backward pass, or not."""
-        groups = {p: group for group in self.param_groups for p in group["params"]}
+        armed = self.one_pass and self._moves_bases
         for slot in self._slots:
             if slot.layer is not None:
-                slot.layer.armed = self.one_pass and self._moves_bases
-                slot.layer.extension = Extension(
-                    self.integrator == "tdlrt",
-                    drift(self.state.get(slot.core, {}), groups[slot.core]),
-                )
+                moving = self._drift(slot) if armed else None
+                slot.layer.armed = armed
+                slot.layer.extension = Extension(self.integrator == "tdlrt", moving)
+
+    def _drift(self, slot: Slot) -> tuple[Tensor, ...] | None:
+        """Return how the moments of a core are about to move its bases."""
+        state = self.state.get(slot.core)
+        if not state:
+            return None
+        groups = self.param_groups
+        group = next(g for g in groups if any(p is slot.core for p in g["params"]))
+        return drift(state, group)
 
     def _settle(self, slots: list[Slot]) -> None:
         """Make the lifts of the backward pass final, and lift the moments after them."""
@@ -329,10 +338,9 @@ class TDLRT(Optimizer):
         for group in self.param_groups:  # the second pass starts from nothing
             for parameter in group["params"]:
                 parameter.grad = None
-        groups = {p: group for group in self.param_groups for p in group["params"]}
         for slot, directions in zip(used, gradients, strict=True):
             old = slot.point
-            moving = drift(self.state.get(slot.core, {}), groups[slot.core])
+            moving = self._drift(slot)
             if moving is not None:  # in the units of grad_{U_i} = (grad_{K_i}) S_i^T
                 s = [gauge(old.core, mode)[1] for mode in range(old.order)]
                 directions = [
@@ -390,12 +398,9 @@ def _narrow_ranks(slot: Slot) -> tuple[int, ...]:
 
 def _facts(slot: Slot, previous: tuple[int, ...], before: Tensor) -> gt.Facts:
     """Return what rank rules may want to know after a step of the core."""
-    allowance = None
-    if slot.core.grad is not None:
-        gradient, core = slot.core.grad.double(), slot.core.detach()
-        descent = torch.sum(gradient * (before - core)) / gradient.norm()
-        allowance = max(0.0, float(torch.nan_to_num(descent)))
-    return gt.Facts(previous, allowance, flops_of(slot.layer))
+    gradient, core = slot.core.grad, slot.core.detach()
+    paid = None if gradient is None else allowance(gradient, core - before)
+    return gt.Facts(previous, paid, flops_of(slot.layer))
 
 
 def _orthonormalise(slot: Slot) -> None:

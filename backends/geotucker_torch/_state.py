@@ -30,7 +30,6 @@ def lift_state(
     state: dict[str, Any],
     point: gt.TuckerPoint,
     wide: gt.TuckerPoint,
-    right: Sequence[Tensor] | None = None,
 ) -> dict[str, Any]:
     """Return the state for the core of ``wide = augment(point, ...)``.
 
@@ -42,7 +41,7 @@ def lift_state(
     def lifted(key: str, moment: Tensor) -> Tensor:
         if key in _SECOND:
             return lift_squares(moment, wide.ranks)
-        return lift(point, wide, gt.TuckerTangent(moment, tangent.get(key, zero(point))), right)
+        return lift(point, wide, gt.TuckerTangent(moment, tangent.get(key, zero(point))))
 
     return _mapped(state, point.ranks, lifted)
 

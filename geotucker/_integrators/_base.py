@@ -226,7 +226,7 @@ def finish(
     core, moments = settings.scheme(wide.core, gradient, settings.rate(state), moments)
     check_like(core, wide.core, "core after the step")
     check_finite(core, "core after the step")
-    facts = Facts(previous, _allowance(gradient, core - wide.core))
+    facts = Facts(previous, allowance(gradient, core - wide.core))
     rule = in_force(ranks, state.step)
     end = TuckerPoint(core, wide.factors)
     (cut,) = truncate([end], rule, [facts])
@@ -236,7 +236,7 @@ def finish(
     return StepResult(cut.point, State(state.step + 1, carried), report)
 
 
-def _allowance(gradient: Array, step: Array) -> float:
+def allowance(gradient: Array, step: Array) -> float:
     """Return ``max(0, -<gradient, step>) / ||gradient||``: see `Facts`."""
     norm = _ops.norm(gradient)
     descent = -_ops.vdot(gradient / norm, step) if norm > 0.0 else 0.0

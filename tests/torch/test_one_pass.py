@@ -383,3 +383,23 @@ def test_second_derivatives_are_refused():
     (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.square().sum().backward()
+
+
+def test_a_failed_step_leaves_the_lift_as_it_was():
+    weights = []
+    for fails in (False, True):
+        model, x, y = data()
+        optimizer = TDLRT(sgd(model, lr=0.01), model)
+        for step in range(3):
+            optimizer.zero_grad()
+            (model(x) - y).square().sum().backward()
+            if fails and step == 1:
+                grad = model[2].bias.grad.clone()
+                model[2].bias.grad[0] = float("nan")
+                with pytest.raises(gt.NonFiniteError):
+                    optimizer.step()
+                model[2].bias.grad.copy_(grad)
+            (model(x) - y).square().sum().backward()  # a second micro-batch
+            optimizer.step()
+        weights.append([layer.dense_weight().detach() for layer in (model[0], model[2])])
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-13)
