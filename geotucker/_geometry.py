@@ -63,7 +63,8 @@ def contract(gradient: Gradient, factors: Sequence[Array], skip: int | None = No
             for mode, (u, v) in enumerate(zip(factors, own, strict=True))
         ]
         return _ops.multi_mode_product(core, maps)
-    return _ops.multi_mode_product(gradient, factors, transpose=True, skip=skip)
+    skipped = () if skip is None else (skip,)
+    return _ops.multi_mode_product(gradient, factors, transpose=True, skip=skipped)
 
 
 def _checked(contraction: Array, factors: Sequence[Array], skip: int | None) -> Array:
@@ -209,36 +210,38 @@ def augment(point: TuckerPoint, directions: Sequence[Array]) -> TuckerPoint:
     point = pair_of(point)
     for mode, direction in enumerate(directions):
         check_finite(direction, f"directions[{mode}]")
-    pairs = [extend(u, d) for u, d in zip(point.factors, directions, strict=True)]
-    core = _ops.multi_mode_product(point.core, [r for _, r in pairs])
-    return TuckerPoint(core, tuple(q for q, _ in pairs))
+    core, factors = point.core, []
+    for mode, (u, d) in enumerate(zip(point.factors, directions, strict=True)):
+        q, r = extend(u, d)
+        core = core if r is None else _ops.mode_product(core, r, mode)
+        factors.append(q)
+    return TuckerPoint(pad(core, [_ops.shape(q)[1] for q in factors]), tuple(factors))
 
 
 def extend(
     basis: Array,  # shape: (n, r)
     directions: Array,  # shape: (n, k)
-) -> tuple[Array, Array]:  # shapes: (n, m) and (m, r), m = min(n, r + k)
-    """Return orthonormal Q with ``basis = Q R``, the rest of Q from `directions`.
+) -> tuple[Array, Array | None]:  # shapes: (n, m) and (r, r), m = min(n, r + k)
+    """Return orthonormal Q with ``basis = Q[:, :r] R``, the rest of Q from `directions`.
 
-    The directions are scaled, so that neither huge nor tiny ones spoil the reflections, and
+    No R stands for the identity: the basis was orthonormal and leads Q as it is. The directions are scaled, so that neither huge nor tiny ones spoil the reflections, and
     projected twice on the complement of the basis before the QR ("twice is enough", Giraud et
     al. 2005). Where they are dependent, Householder's Q completes them by columns that need not
     be orthogonal to the basis; then ``[basis | directions]`` is decomposed as a whole.
     """
     n, r = _ops.shape(basis)
-    directions = directions[:, : n - r]
-    if not _ops.shape(directions)[1]:
-        return _decompose_whole(basis, directions)
-    new = _scaled(directions)
-    for _ in range(2):
-        new = new - basis @ (basis.T @ new)
-    new, _ = _ops.qr(new)
-    q = _ops.concatenate([basis, new], 1)
+    directions = _scaled(directions[:, : n - r])
+    q = basis
+    if _ops.shape(directions)[1]:
+        new = directions
+        for _ in range(2):
+            new = new - basis @ (basis.T @ new)
+        q = _ops.concatenate([basis, _ops.qr(new)[0]], 1)
     identity = _ops.eye(_ops.shape(q)[1], like=basis)
     # A basis that has drifted by rounding, too, goes the long way and comes out orthonormal.
-    if not _ops.max_abs(q.T @ q - identity) <= 4 * math.sqrt(n) * _ops.eps(basis):
-        return _decompose_whole(basis, _scaled(directions))
-    return q, identity[:, :r]
+    if _ops.max_abs(q.T @ q - identity) <= 4 * math.sqrt(n) * _ops.eps(basis):
+        return q, None
+    return _decompose_whole(basis, directions)
 
 
 def _scaled(columns: Array) -> Array:
@@ -257,8 +260,7 @@ def _decompose_whole(basis: Array, directions: Array) -> tuple[Array, Array]:
     signs = signs + (signs == 0)
     leading = q[:, :r] * signs
     q = _ops.concatenate([leading, q[:, r:]], 1) if _ops.shape(q)[1] > r else leading
-    head = triangle[:r] * signs[:, None]
-    return q, pad(head, (_ops.shape(q)[1], r))
+    return q, triangle[:r] * signs[:, None]
 
 
 def project(point: Any, gradient: Gradient) -> TuckerTangent:
@@ -302,11 +304,14 @@ def project_modes(point: TuckerPoint, modes: Sequence[Array]) -> TuckerTangent:
         0,
         transpose=True,
     )
-    velocities = []
-    for u, g, q in zip(point.factors, modes, right_bases(point.core), strict=True):
-        k = g @ q
-        velocities.append(k - u @ (u.T @ k))
-    return TuckerTangent(core, tuple(velocities))
+    parts = zip(point.factors, modes, right_bases(point.core), strict=True)
+    return TuckerTangent(core, tuple(velocity(u, g, q) for u, g, q in parts))
+
+
+def velocity(u: Array, g: Array, q: Array) -> Array:
+    """Return ``Kdot_i = (I - U_i U_i^T) G_i Q_i``, of shape (n_i, k)."""
+    k = g @ q
+    return k - u @ (u.T @ k)
 
 
 def inner_tangent(a: TuckerTangent, b: TuckerTangent) -> float:
@@ -364,17 +369,12 @@ def tangent_to_point(point: Any, tangent: TuckerTangent) -> TuckerPoint:
 
 def _border(core: Array, blocks: Sequence[Array]) -> Array:
     """Return a core with ``blocks[i]`` beside it along mode i and zeros elsewhere."""
-    ranks = _ops.shape(core)
-    extents = [
-        r + _ops.shape(block)[i] for i, (r, block) in enumerate(zip(ranks, blocks, strict=True))
-    ]
-    total = pad(core, extents)
     for mode, block in enumerate(blocks):
-        front = list(ranks)
-        front[mode] = extents[mode]
-        if extents[mode] > ranks[mode]:
-            total = total + pad(pad(block, front, front=True), extents)
-    return total
+        if _ops.shape(block)[mode]:
+            extents = list(_ops.shape(core))
+            extents[mode] = _ops.shape(block)[mode]
+            core = _ops.concatenate([core, pad(block, extents)], mode)
+    return core
 
 
 def retract(point: Any, tangent: TuckerTangent, ranks: Any = None) -> TuckerPoint:
@@ -426,7 +426,7 @@ def tangent_core(
     point: TuckerPoint,
     wide: TuckerPoint,
     tangent: TuckerTangent,
-    right: Sequence[Array] | None = None,
+    right: Sequence[Array | None] | None = None,
 ) -> Array:
     """Return the core of a tangent vector in the bases of ``augment(point, ...)``.
 
@@ -442,7 +442,8 @@ def tangent_core(
         if not extent[mode]:
             blocks.append(_ops.zeros(extent, like=tangent.core))
             continue
-        q = right_basis(point.core, mode) if right is None else right[mode]
+        q = None if right is None else right[mode]
+        q = right_basis(point.core, mode) if q is None else q
         blocks.append(_ops.fold((new.T @ k) @ q.T, mode, extent))
     return _border(tangent.core, blocks)
 

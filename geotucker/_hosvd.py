@@ -23,7 +23,7 @@ class Truncation(NamedTuple):
     point : TuckerPoint
         Orthonormal factors ``U_i P_i`` and core ``C x_i P_i^T``.
     rotations : tuple of arrays, shapes (old r_i, new r_i)
-        The P_i, with orthonormal columns.
+        The P_i, with orthonormal columns. The identity in a mode that lost nothing: its basis stays.
     error_bound : float
         Upper bound of ``||W - W_truncated||``: the root of the sum over modes of the
         squared tails of singular values (De Lathauwer et al. 2000, Property 10).
@@ -32,6 +32,19 @@ class Truncation(NamedTuple):
     point: TuckerPoint
     rotations: tuple[Array, ...]
     error_bound: float
+
+    def turn(self, tensor: Array, skip: int | None = None) -> Array:
+        """Return ``tensor x_i P_i^T`` over all modes but `skip`.
+
+        Examples
+        --------
+        >>> import numpy as np, geotucker as gt
+        >>> point = gt.hosvd(np.diag([4.0, 3.0]), 2)
+        >>> (cut,) = gt.truncate([point], gt.Fixed(1))
+        >>> np.allclose(cut.turn(point.core), cut.point.core)
+        True
+        """
+        return _turn(tensor, self.rotations, skip)
 
 
 def orthonormalise(point: Any) -> TuckerPoint:
@@ -133,17 +146,29 @@ def truncate(
 def _cut(
     point: TuckerPoint, ranks: Ranks, spectrum: Spectrum, vectors: Sequence[Array]
 ) -> Truncation:
-    core, rotations = _rotate(point.core, vectors, ranks)
-    factors = tuple(u @ p for u, p in zip(point.factors, rotations, strict=True))
+    # A mode that loses nothing needs no rotation: its moments stay as they are, and time is saved.
+    leading = [
+        _ops.eye(rank, like=u) if rank == _ops.shape(u)[0] else u[:, :rank]
+        for u, rank in zip(vectors, ranks, strict=True)
+    ]
+    core, rotations = _drop_infeasible(_turn(point.core, leading), leading)
+    factors = tuple(
+        u if _is_square(p) else u @ p for u, p in zip(point.factors, rotations, strict=True)
+    )
     tails = [tail_norms(s)[rank] for s, rank in zip(spectrum.values, ranks, strict=True)]
     return Truncation(TuckerPoint(core, factors), rotations, math.hypot(*tails))
 
 
-def _rotate(core: Array, vectors: Sequence[Array], ranks: Ranks) -> tuple[Array, tuple[Array, ...]]:
-    """Project the core on the leading vectors of each mode; return it and the rotations used."""
-    rotations = [u[:, :rank] for u, rank in zip(vectors, ranks, strict=True)]
-    core = _ops.multi_mode_product(core, rotations, transpose=True)
-    return _drop_infeasible(core, rotations)
+def _turn(tensor: Array, rotations: Sequence[Array], skip: int | None = None) -> Array:
+    """Apply the transposes of rotations, of which the square ones are identities."""
+    identities = [mode for mode, p in enumerate(rotations) if _is_square(p)]
+    skipped = identities if skip is None else [*identities, skip]
+    return _ops.multi_mode_product(tensor, rotations, transpose=True, skip=skipped)
+
+
+def _is_square(matrix: Array) -> bool:
+    rows, columns = _ops.shape(matrix)
+    return rows == columns
 
 
 def _drop_infeasible(core: Array, rotations: Sequence[Array]) -> tuple[Array, tuple[Array, ...]]:
@@ -224,7 +249,9 @@ def hosvd(tensor: Array, ranks: Any) -> TuckerPoint:
     _check_tensor(tensor)
     spectrum, vectors = _decompose(tensor, _ops.shape(tensor), Facts())
     (chosen,) = choose(as_rule(ranks), [spectrum])
-    return TuckerPoint(*_rotate(tensor, vectors, chosen))
+    leading = [u[:, :rank] for u, rank in zip(vectors, chosen, strict=True)]
+    core = _ops.multi_mode_product(tensor, leading, transpose=True)
+    return TuckerPoint(*_drop_infeasible(core, leading))
 
 
 def st_hosvd(tensor: Array, ranks: Any) -> TuckerPoint:

@@ -20,7 +20,7 @@ import math
 from collections.abc import Sequence
 
 from . import _ops
-from ._geometry import project_modes, tangent_core
+from ._geometry import right_basis, tangent_core, velocity
 from ._hosvd import Truncation
 from ._ops import Array
 from ._tensor import TuckerPoint, TuckerTangent
@@ -41,7 +41,7 @@ def lift(
     point: TuckerPoint,
     wide: TuckerPoint,
     moment: TuckerTangent,
-    right: Sequence[Array] | None = None,
+    right: Sequence[Array | None] | None = None,
 ) -> Array:
     """Write a tangent vector at `point` in the bases of ``wide = augment(point, ...)``.
 
@@ -53,7 +53,8 @@ def lift(
     moment : TuckerTangent
         At `point`.
     right : sequence of arrays, optional
-        The Q_i of ``Mat_i(C)^T = Q_i S_i^T``, where they are known already.
+        The Q_i of ``Mat_i(C)^T = Q_i S_i^T``, where they are known already; of complete modes they
+        are not needed.
 
     Returns
     -------
@@ -103,14 +104,16 @@ def carry(wide: TuckerPoint, cut: Truncation, moment: Array) -> TuckerTangent:
     >>> abs(moment.core).round(9).tolist(), [abs(k).round(9).tolist() for k in moment.factors]
     ([[1.0]], [[[0.0], [1.0]], [[0.0], [1.0]]])
     """
-    inner = TuckerPoint(cut.point.core, cut.rotations)
-    modes = [
-        _ops.unfold(_ops.multi_mode_product(moment, cut.rotations, transpose=True, skip=i), i)
-        for i in range(inner.order)
-    ]
-    tangent = project_modes(inner, modes)
-    parts = (u @ k for u, k in zip(wide.factors, tangent.factors, strict=True))
-    return TuckerTangent(tangent.core, tuple(parts))
+    parts = []
+    for mode, (p, u, still) in enumerate(
+        zip(cut.rotations, wide.factors, zero(cut.point), strict=True)
+    ):
+        if _ops.shape(p)[0] == _ops.shape(p)[1]:  # nothing of the wide basis is outside this one
+            parts.append(still)
+        else:
+            g = _ops.unfold(cut.turn(moment, skip=mode), mode)
+            parts.append(u @ velocity(p, g, right_basis(cut.point.core, mode)))
+    return TuckerTangent(cut.turn(moment), tuple(parts))
 
 
 def lift_squares(moment: Array, ranks: Sequence[int]) -> Array:
@@ -131,15 +134,17 @@ def lift_squares(moment: Array, ranks: Sequence[int]) -> Array:
     return moment
 
 
-def rotate_squares(moment: Array, rotations: Sequence[Array]) -> Array:
+def rotate_squares(moment: Array, cut: Truncation) -> Array:
     """Carry a second moment through a truncation, by the squared entries of the P_i.
 
     Examples
     --------
-    >>> import numpy as np
+    >>> import numpy as np, geotucker as gt
     >>> from geotucker._moments import rotate_squares
-    >>> p = [np.array([[0.6], [0.8]]), np.eye(1)]
-    >>> rotate_squares(np.array([[1.0], [2.0]]), p).round(9).tolist()
+    >>> wide = (np.array([[6.0], [8.0]]), [np.eye(2), np.eye(1)])
+    >>> (cut,) = gt.truncate([wide], gt.Fixed(1))
+    >>> rotate_squares(np.array([[1.0], [2.0]]), cut).round(9).tolist()
     [[1.64]]
     """
-    return _ops.multi_mode_product(moment, [p * p for p in rotations], transpose=True)
+    squares = tuple(p * p for p in cut.rotations)
+    return cut._replace(rotations=squares).turn(moment)

@@ -9,7 +9,7 @@ global choice is neither read nor written.
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -285,15 +285,15 @@ def multi_mode_product(
     tensor: Array,  # shape: (m_1, ..., m_d)
     matrices: Sequence[Array],  # shapes: (n_i, m_i), or (m_i, n_i) with transpose
     transpose: bool = False,
-    skip: int | None = None,
-) -> Array:  # shape: (n_1, ..., n_d), with m_i at i = skip
-    """Apply a matrix to every mode but `skip`, the strongest reduction first."""
+    skip: Collection[int] = (),
+) -> Array:  # shape: (n_1, ..., n_d), with m_i at each i of skip
+    """Apply a matrix to every mode that is not in `skip`, the strongest reduction first."""
 
     def growth(mode: int) -> float:
         rows, columns = shape(matrices[mode])
         return columns / rows if transpose else rows / columns
 
-    modes = [mode for mode in range(len(matrices)) if mode != skip]
+    modes = [mode for mode in range(len(matrices)) if mode not in skip]
     for mode in sorted(modes, key=growth):
         tensor = mode_product(tensor, matrices[mode], mode, transpose)
     return tensor

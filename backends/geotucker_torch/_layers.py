@@ -63,9 +63,11 @@ class TuckerModule(nn.Module):
     extension: Extension
     # Of the loss whose gradients it has, as against the gradients that the optimizer steps with.
     loss_scale: Tensor | float
-    # The point before that happened, until a step is taken or the gradients are reset; the
-    # largest entry of the gradient that it left then, and the version of the core that it wrote.
+    # The point before that happened, until a step is taken or the gradients are reset, and the
+    # Q_i of Mat_i(C)^T = Q_i S_i^T of its incomplete modes; the largest entry of the gradient that
+    # it left then, and the version of the core that it wrote.
     narrow: gt.TuckerPoint | None
+    right: Sequence[Tensor | None] | None
     lifted_norm: Tensor | None
     _lifted_version: int
     # Of the last pass that could extend the bases.
@@ -84,7 +86,8 @@ class TuckerModule(nn.Module):
             raise TypeError(f"dtype: expected a real floating dtype, got {dtype}")
         super().__init__()
         self.armed, self.extension, self.loss_scale = False, Extension(), 1.0
-        self.narrow, self.lifted_norm, self.sizes, self._lifted_version = None, None, None, 0
+        self.narrow, self.right, self.lifted_norm, self.sizes = None, None, None, None
+        self._lifted_version = 0
         like = {"device": device, "dtype": dtype}
         self.core = nn.Parameter(torch.empty(sizes, **like))
         self.factors = nn.ParameterList(
@@ -276,17 +279,21 @@ class TuckerModule(nn.Module):
         return read_point(self.core, self.factors)
 
     @torch.no_grad()
-    def lift(self, directions: Sequence[Tensor]) -> None:
+    def lift(
+        self, directions: Sequence[Tensor], right: Sequence[Tensor | None] | None = None
+    ) -> None:
         """Extend the bases by `directions`; the weight does not change.
 
-        A gradient that the core has already is padded with zeros.
+        A gradient that the core has already is padded with zeros. `right` is kept for those who
+        write tangent vectors in the wide bases.
         """
         narrow, grad = self.point, self.core.grad
         wide = gt.augment(narrow, directions)
         write_point(self.core, self.factors, wide)
         if grad is not None:
             self.core.grad = pad(grad, wide.ranks)
-        self.narrow, self.armed, self._lifted_version = narrow, False, self.core._version
+        self.narrow, self.right, self.armed = narrow, right, False
+        self._lifted_version = self.core._version
 
     @property
     def _untouched(self) -> bool:
@@ -294,12 +301,13 @@ class TuckerModule(nn.Module):
 
     def lift_state(self) -> tuple[Any, ...]:
         """Return what `restore_lift` needs, parameters aside."""
-        record = self.armed, self.narrow, self.lifted_norm, self.loss_scale
+        record = self.armed, self.narrow, self.right, self.lifted_norm, self.loss_scale
         return (*record, self._untouched)
 
     def restore_lift(self, state: tuple[Any, ...]) -> None:
         """Go back to a state of `lift_state`; the parameters are those of that moment again."""
-        self.armed, self.narrow, self.lifted_norm, self.loss_scale, untouched = state
+        *record, untouched = state
+        self.armed, self.narrow, self.right, self.lifted_norm, self.loss_scale = record
         self._lifted_version = self.core._version if untouched else -1
 
     def settle(self) -> None:
@@ -307,13 +315,13 @@ class TuckerModule(nn.Module):
         if self.narrow is not None and self.core.grad is not None and self.lifted_norm is not None:
             norm = self.core.grad.abs().amax()
             self.loss_scale = torch.where(norm > 0, self.lifted_norm / norm, 1.0)
-        self.narrow = self.lifted_norm = None
+        self.narrow = self.right = self.lifted_norm = None
 
     def unlift(self) -> None:
         """Take a lift back that no step has used, and its gradient; the weight is unchanged."""
         if self.narrow is not None:
             write_point(self.core, self.factors, self.narrow)
-            self.narrow, self.armed = None, True
+            self.narrow, self.right, self.armed = None, None, True
 
     def extra_repr(self) -> str:
         """Return the options, as the dense layer would, and the ranks."""
@@ -349,7 +357,7 @@ class TuckerModule(nn.Module):
         else:
             if prefix + "core" in given and self.narrow is not None:
                 # The point from before a lift must not come back over the one that is loaded.
-                self.narrow, self.armed = None, True
+                self.narrow, self.right, self.armed = None, None, True
             for key, tensor in given.items():
                 _resize(own[key], tensor.shape)
         super()._load_from_state_dict(

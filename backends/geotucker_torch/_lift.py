@@ -22,7 +22,8 @@ K_in, at the cost of the plain ones. Those of the small spatial modes (and of a 
 factor is folded into the kernel) are ``G_i Q_i``, from the kernel's gradient.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -143,22 +144,24 @@ def _lift(ctx: Any, g: Tensor, h: Tensor, grad_k_in: Tensor | None) -> Tensor | 
     armed = layer.armed and _same(narrow, layer.point)
     if not armed and not (layer.narrow is not None and _same(narrow, layer.narrow)):
         return None
-    tangent = None
+    kernel = cache(lambda: _kernel_gradient(ctx, h))
+    directions: list[Tensor] = []
     if armed or not extension.galerkin:
-        tangent = _directions(ctx, g, h, grad_k_in)
+        directions = _directions(ctx, g, grad_k_in, kernel)
     if armed:
-        assert tangent is not None
-        if not all_finite(tangent):
+        if not all_finite(directions):
             return None
-        layer.lift(_with_drift(tangent, extension.drift, layer.loss_scale))
+        moved = _with_drift(directions, extension.drift, layer.loss_scale)
+        layer.lift(moved, [gauged and _ops.unfold(gauged[0], i).T for i, gauged in _gauges(ctx)])
     wide = layer.point
-    bases = [_cast(u, ctx.dtype) for u in (wide.factors if extension.galerkin else narrow.factors)]
-    known = (h if ctx.order.project_output else None, ctx.a if ctx.order.project_input else None)
-    core = core_gradient(layer.map, ctx.rows, g, bases, known, narrow.ranks)
-    core = core.to(narrow.core.dtype)
-    if tangent is not None and not extension.galerkin:
-        right = [q and _ops.unfold(q[0], mode).T for mode, q in _gauges(ctx)]
-        core = tangent_core(narrow, wide, gt.TuckerTangent(core, tuple(tangent)), right)
+    if extension.galerkin:
+        bases = [_cast(u, ctx.dtype) for u in wide.factors]
+        known = h if ctx.order.project_output else None, ctx.a if ctx.order.project_input else None
+        core = core_gradient(layer.map, ctx.rows, g, bases, known, narrow.ranks)
+        core = core.to(narrow.core.dtype)
+    else:
+        tangent = gt.TuckerTangent(_seen(ctx, kernel()), tuple(directions))
+        core = tangent_core(narrow, wide, tangent, layer.right)
     if armed:
         layer.lifted_norm = core.abs().amax()  # squares of a scaled loss's gradient may overflow
     return core
@@ -226,26 +229,34 @@ def _input_gradients(ctx: Any, h: Tensor) -> tuple[Tensor | None, Tensor | None]
     return layer_map.leave_gradient(dx, ctx.x), grad_k_in
 
 
-def _directions(ctx: Any, g: Tensor, h: Tensor, grad_k_in: Tensor | None) -> list[Tensor]:
+def _directions(
+    ctx: Any, g: Tensor, grad_k_in: Tensor | None, kernel: Callable[[], Tensor]
+) -> list[Tensor]:
     """Return the ``grad_{K_i} L`` of all modes; of modes whose basis is complete, nothing."""
-    layer_map, order, core, factors = ctx.layer.map, ctx.order, ctx.point.core, ctx.point.factors
-    gauges = _gauges(ctx)
-    found: list[Tensor | None] = [None] * core.dim()
-    if order.project_output and gauges[0][1] is not None:
-        found[0] = layer_map.output_factor_gradient(g, ctx.b)
-    found[1] = grad_k_in
-    for mode, gauged in gauges:
+    order, core = ctx.order, ctx.point.core
+    found = []
+    for mode, gauged in _gauges(ctx):
         if gauged is None:
-            found[mode] = factors[mode][:, :0]
-    if any(direction is None for direction in found):
-        kernel = layer_map.kernel_gradient(ctx.a, h, split=order.project_output).to(core.dtype)
-        # Projected axes are in their bases already.
-        done = (order.project_output, order.project_input, *[False] * (core.dim() - 2))
-        for mode, gauged in gauges:
-            if found[mode] is None and gauged is not None:
-                others = kernel
-                for axis, factor in enumerate(factors):
-                    if axis != mode and not done[axis]:
-                        others = _ops.mode_product(others, factor, axis, transpose=True)
-                found[mode] = _ops.unfold(others, mode) @ _ops.unfold(gauged[0], mode).T
-    return [d.to(core.dtype) for d in found if d is not None]
+            direction = ctx.point.factors[mode][:, :0]
+        elif mode == 0 and order.project_output:
+            direction = ctx.layer.map.output_factor_gradient(g, ctx.b)
+        elif mode == 1 and grad_k_in is not None:
+            direction = grad_k_in
+        else:
+            others = _seen(ctx, kernel(), mode)
+            direction = _ops.unfold(others, mode) @ _ops.unfold(gauged[0], mode).T
+        found.append(direction.to(core.dtype))
+    return found
+
+
+def _kernel_gradient(ctx: Any, h: Tensor) -> Tensor:
+    gradient: Tensor = ctx.layer.map.kernel_gradient(ctx.a, h, split=ctx.order.project_output)
+    return gradient.to(ctx.point.core.dtype)
+
+
+def _seen(ctx: Any, kernel: Tensor, skip: int | None = None) -> Tensor:
+    """See the kernel's gradient through the bases of its modes, but `skip`."""
+    projected = [mode for mode, done in enumerate(ctx.order) if done]  # seen through them already
+    skipped = projected if skip is None else [*projected, skip]
+    seen: Tensor = _ops.multi_mode_product(kernel, ctx.point.factors, transpose=True, skip=skipped)
+    return seen

@@ -322,8 +322,8 @@ class TDLRT(Optimizer):
         """Make the lifts of the backward pass final, and lift the moments after them."""
         for slot in slots:
             if slot.layer is not None and slot.layer.narrow is not None:
-                old, new = slot.layer.narrow, slot.point
-                self._carry(slot, lambda state, o=old, n=new: lift_state(state, o, n))
+                lifted = slot.layer.narrow, slot.point, slot.layer.right
+                self._carry(slot, lambda state, known=lifted: lift_state(state, *known))
                 slot.layer.settle()
 
     def _trained(self) -> list[Slot]:

@@ -30,8 +30,9 @@ def lift_state(
     state: dict[str, Any],
     point: gt.TuckerPoint,
     wide: gt.TuckerPoint,
+    right: Sequence[Tensor | None] | None = None,
 ) -> dict[str, Any]:
-    """Return the state for the core of ``wide = augment(point, ...)``.
+    """Return the state for the core of ``wide = augment(point, ...)``; `right` as in `lift`.
 
     Linear moments are written in the wide bases, second ones get means; if any tensor has another
     shape than the core the whole state is reset: it cannot be carried.
@@ -41,7 +42,7 @@ def lift_state(
     def lifted(key: str, moment: Tensor) -> Tensor:
         if key in _SECOND:
             return lift_squares(moment, wide.ranks)
-        return lift(point, wide, gt.TuckerTangent(moment, tangent.get(key, zero(point))))
+        return lift(point, wide, gt.TuckerTangent(moment, tangent.get(key, zero(point))), right)
 
     return _mapped(state, point.ranks, lifted)
 
@@ -52,7 +53,7 @@ def carry_state(state: dict[str, Any], wide: gt.TuckerPoint, cut: gt.Truncation)
 
     def carried(key: str, moment: Tensor) -> Tensor:
         if key in _SECOND:
-            return rotate_squares(moment, cut.rotations)
+            return rotate_squares(moment, cut)
         part = carry(wide, cut, moment)
         tangent[key] = part.factors
         return part.core
