@@ -150,6 +150,8 @@ def obstacle(layer: TuckerModule) -> str:
         return "a subclass, which may do more than its base"
     if has_hooks(layer):
         return "it has hooks, which a new layer would lack"
+    if {*layer._parameters, *layer._buffers, *layer._modules} != {"core", "factors", "bias"}:
+        return "it holds more than core, factors and bias"
     return ""
 
 
