@@ -133,9 +133,10 @@ def optimize_for_inference(
     -------
     nn.Module
         The copy, in eval mode; none of its parameters asks for a gradient. A layer stays as it is,
-        and the table says why, if the example does not reach it or if it has hooks. If its owner
-        reads more of it than the output (its weight, say), it becomes the dense layer. Images may
-        leave a convolution stored channels last, with the same values and shape.
+        and the table says why, if the example does not reach it, if it has hooks, or if it does or
+        holds more than a layer of this package. If its owner reads more of it than the output (its
+        weight, say), it becomes the dense layer. Images may leave a convolution stored channels
+        last, with the same values and shape.
 
     Raises
     ------
