@@ -2,12 +2,12 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import chain
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -21,12 +21,18 @@ from ._layers import (
     TuckerModule,
     decompose,
 )
-from ._modules import aligned, check_model, has_hooks
+from ._modules import (
+    Selection,
+    aligned,
+    check_model,
+    has_hooks,
+    replaced,
+    selector,
+)
 from ._rules import whole_model
 
 __all__ = ["Factorization", "FactorizedLayer", "densify", "factorize", "plan"]
 
-Selection: TypeAlias = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 _Model = TypeVar("_Model", bound=nn.Module)
 
 _TUCKER: dict[type[nn.Module], type[TuckerModule]] = {
@@ -285,7 +291,7 @@ def _survey(
     """Find all layers of the wanted types and decide about each."""
     check_model(model)
     kinds = _checked_types(types)
-    included, excluded = _selector("include", include, True), _selector("exclude", exclude, False)
+    included, excluded = selector("include", include, True), selector("exclude", exclude, False)
     rules = _checked_rules(ranks)
     owners = _owners(model)
     candidates = _candidates(model, kinds)
@@ -440,11 +446,7 @@ def _swap(model: nn.Module, successors: Mapping[nn.Module, nn.Module]) -> Any:
     """Put each successor, with the old bias, wherever its predecessor is; return the model."""
     for old, new in successors.items():
         new.bias = old.bias
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is not None and child in successors:
-                setattr(parent, name, successors[child])
-    return successors.get(model, model)
+    return replaced(model, successors)
 
 
 @contextmanager
@@ -480,20 +482,3 @@ def _patterns(selection: Any) -> list[str]:
     if isinstance(selection, str):
         return [selection]
     return list(selection) if isinstance(selection, (Mapping, list, set)) else []
-
-
-def _selector(
-    argument: str, selection: Selection, default: bool
-) -> Callable[[str, nn.Module], bool]:
-    """Turn `include` or `exclude` into a predicate; `default` is its value for None."""
-    if selection is None:
-        return lambda name, module: default
-    if callable(selection):
-        return selection
-    patterns = [selection] if isinstance(selection, str) else selection
-    if not isinstance(patterns, Collection) or not all(isinstance(p, str) for p in patterns):
-        raise TypeError(
-            f"{argument}: expected a pattern, several, or a predicate (name, module) -> bool, "
-            f"got {selection!r}"
-        )
-    return lambda name, module: any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,9 +1,8 @@
 """The fastest plain modules for inference: what becomes of each Tucker layer is measured.
 
-Once the weights are fixed a Tucker layer is a chain of up to three plain layers, pointwise
-projection, small kernel, pointwise spread, and either channel factor may be folded into the kernel
-(see `_plan`). Which of the four chains is fastest, the dense layer among them, depends on machine,
-library and input more than on the number of multiply-adds; so all are tried.
+Once the weights are fixed a Tucker layer is one of three chains of plain layers or the dense layer
+(see `_plain`). Which of the four is fastest depends on machine, library and input more than on the
+number of multiply-adds; so all are tried.
 
 1. In a copy of the model a `_Probe` stands for each Tucker layer. When the model runs on the
    example, the probe times all chains on what the layer is given, where and as it is given.
@@ -25,15 +24,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._contract import dense_weight
-from ._layers import TuckerConv1d, TuckerConv2d, TuckerConv3d, TuckerLinear, TuckerModule
-from ._modules import aligned, check_model, has_hooks
-from ._plan import CONTRACTIONS, Contraction
+from ._layers import TuckerConv2d, TuckerModule
+from ._modules import aligned, check_model, replaced
+from ._plain import (
+    obstacle,
+    parts,
+    plain_module,
+    settled_copy,
+    tucker_layers,
+    weight_readers,
+)
+from ._plan import CONTRACTIONS
 
 __all__ = ["Inference", "InferenceLayer", "candidates", "optimize_for_inference"]
 
 DENSE = "dense"
-_KNOWN = (TuckerLinear, TuckerConv1d, TuckerConv2d, TuckerConv3d)
 # Shorter differences are noise: of two candidates so close the smaller one is taken.
 _TIE = 1.03
 # One reading of the clock covers at least so many seconds, which it resolves well.
@@ -128,9 +133,10 @@ def optimize_for_inference(
     -------
     nn.Module
         The copy, in eval mode; none of its parameters asks for a gradient. A layer stays as it is,
-        and the table says why, if the example does not reach it or if it has hooks. If its owner
-        reads more of it than the output (its weight, say), it becomes the dense layer. Images may
-        leave a convolution stored channels last, with the same values and shape.
+        and the table says why, if the example does not reach it, if it has hooks, or if it does or
+        holds more than a layer of this package. If its owner reads more of it than the output (its
+        weight, say), it becomes the dense layer. Images may leave a convolution stored channels
+        last, with the same values and shape.
 
     Raises
     ------
@@ -157,10 +163,9 @@ def optimize_for_inference(
     return optimised
 
 
-# The chains
+# The candidates
 
 
-@torch.no_grad()
 def candidates(layer: TuckerModule) -> dict[str, nn.Module]:
     """Return all plain modules that compute what the layer computes, by name.
 
@@ -176,93 +181,15 @@ def candidates(layer: TuckerModule) -> dict[str, nn.Module]:
 
     Examples
     --------
-    >>> list(candidates(TuckerLinear(9, 8, ranks=2)))
+    >>> list(candidates(TuckerConv2d(9, 8, 3, ranks=2)))
     ['dense', 'project-kernel-spread', 'kernel-spread', 'project-kernel']
     """
-    chains = {_title(order): _chain(layer, order) for order in CONTRACTIONS if any(order)}
-    modules = {DENSE: layer.to_dense(), **chains}
-    return {name: module.eval().requires_grad_(False) for name, module in modules.items()}
-
-
-def _title(order: Contraction) -> str:
-    parts = {"project": order.project_input, "kernel": True, "spread": order.project_output}
-    return "-".join(name for name, there in parts.items() if there)
-
-
-def _chain(layer: TuckerModule, order: Contraction) -> nn.Sequential:
-    """Build the chain of plain layers that contracts in the given order.
-
-    Each group has its own channels but the same ``U_in`` and core, which are repeated, and its
-    own block of rows of ``U_out``: all three are then grouped layers. A pointwise layer without
-    bias commutes with every kind of padding, so that the padding is the kernel's.
-    """
-    u_out, u_in = layer.factors[0], layer.factors[1]
-    groups = getattr(layer, "groups", 1)
-    sampling, kernel_options = _options(layer, order)
-    parts = []
-    if order.project_input:
-        parts.append(_plain(layer, _repeat(u_in.t(), groups), None, groups, sampling))
-    kernel = _kernel(layer, order)
-    if order.project_output:
-        parts.append(_plain(layer, _repeat(kernel, groups), None, groups, kernel_options))
-        parts.append(_plain(layer, u_out, layer.bias, groups, {}))
-    else:
-        parts.append(_plain(layer, kernel, layer.bias, groups, kernel_options))
-    return nn.Sequential(*parts)
-
-
-def _options(layer: TuckerModule, order: Contraction) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return options of projection and kernel: the projection skips what the kernel would not see.
-
-    The positions between the strides of a kernel with one entry are seen by nobody.
-    """
-    if isinstance(layer, TuckerLinear):
-        return {}, {}
-    conv: Any = layer
-    skip = conv.map.skip if order.project_input else [1] * len(conv.stride)
-    stride = tuple(1 if skipped > 1 else s for s, skipped in zip(conv.stride, skip, strict=True))
-    names = ("padding", "dilation", "padding_mode")
-    return {"stride": tuple(skip)}, {
-        "stride": stride,
-        **{name: getattr(conv, name) for name in names},
+    *chains, folded = CONTRACTIONS
+    titles = {DENSE: folded, **{"-".join(parts(order)): order for order in chains}}
+    return {
+        title: plain_module(layer, order).eval().requires_grad_(False)
+        for title, order in titles.items()
     }
-
-
-def _kernel(layer: TuckerModule, order: Contraction) -> Tensor:
-    """Fold into the core what is not projected; the spatial factors always are."""
-    factors = list(layer.factors)
-    for mode, projected in enumerate(order):  # the output's mode is 0, the input's 1
-        if projected:
-            rank = layer.ranks[mode]
-            factors[mode] = torch.eye(rank, dtype=layer.core.dtype, device=layer.core.device)
-    return dense_weight(layer.core, factors)
-
-
-def _repeat(matrix: Tensor, groups: int) -> Tensor:
-    return matrix.repeat(groups, *(1,) * (matrix.dim() - 1))
-
-
-def _plain(
-    layer: TuckerModule,
-    weight: Tensor,  # shape: (out, in / groups) or (out, in / groups, k_1, ...)
-    bias: Tensor | None,  # shape: (out,)
-    groups: int,
-    options: dict[str, Any],
-) -> nn.Module:
-    """Build a layer of the same dense type; a matrix becomes a pointwise convolution."""
-    kind, order = layer.dense_type, len(layer.shape) - 2
-    if order:
-        weight = weight.reshape(*weight.shape, *(1,) * (order + 2 - weight.dim()))
-        options = {"kernel_size": weight.shape[2:], "groups": groups, **options}
-    # On the meta device nothing is drawn: the state of the random generators stays.
-    module = kind(
-        weight.shape[1] * groups, weight.shape[0], bias=bias is not None, device="meta", **options
-    )
-    for name, tensor in {"weight": weight, "bias": bias}.items():
-        if tensor is not None:
-            own = tensor.detach().clone(memory_format=torch.contiguous_format)
-            setattr(module, name, nn.Parameter(own))
-    return module
 
 
 # The choice
@@ -329,7 +256,9 @@ class _Version:
 
     def build(self, model: nn.Module) -> nn.Module:
         """Return a copy of the model with the modules in it."""
-        new = _replaced(copy.deepcopy(model), self.modules)
+        new = copy.deepcopy(model)
+        layers = {new.get_submodule(name): module for name, module in self.modules.items()}
+        new = replaced(new, layers)
         if self.channels_last:
             _store_channels_last(new)
         return new
@@ -337,7 +266,7 @@ class _Version:
 
 def _optimised(model: nn.Module, arguments: Arguments, repeats: int) -> tuple[nn.Module, Inference]:
     """Time everything and return the fastest model, made from `model`, which is not run."""
-    layers = _tucker_layers(model)
+    layers = tucker_layers(model)
     if not layers:
         return model, Inference((), {}, "as it is")
     _call(copy.deepcopy(model), arguments)()  # the model's own error, if it takes no such example
@@ -361,7 +290,7 @@ def _versions(
 ) -> list[_Version]:
     """Time the layers in one format; return the dense model and the one of the best layers."""
     options = {
-        names[0]: candidates(layer) for names, layer in layers.items() if not _obstacle(layer)
+        names[0]: candidates(layer) for names, layer in layers.items() if not obstacle(layer)
     }
     if channels_last:
         for module in (module for found in options.values() for module in found.values()):
@@ -369,7 +298,7 @@ def _versions(
     probes = {name: _Probe(modules, repeats) for name, modules in options.items()}
     probed = _Version("", channels_last, dict(probes), (), 0).build(model)
     _call(probed, arguments)()
-    readers = _dense_only(model)
+    readers = weight_readers(model)
     versions = []
     for title, dense_only in ((DENSE, True), ("factored", False)):
         rows = tuple(
@@ -393,7 +322,7 @@ def _row(
     has_reader: bool,
 ) -> InferenceLayer:
     """Decide about a layer."""
-    seconds, chosen, reason = {}, "", _obstacle(layer)
+    seconds, chosen, reason = {}, "", obstacle(layer)
     if probe is not None:
         seconds = probe.seconds
         if has_reader or probe.was_read:
@@ -445,47 +374,8 @@ def _seconds(function: Callable[[], Any], number: int) -> float:
 
 
 def _for_inference(model: nn.Module) -> nn.Module:
-    """Copy a model, in eval mode and without gradients; bases lifted for a step shrink again."""
-    new = copy.deepcopy(model).eval().requires_grad_(False)
-    for module in new.modules():
-        if isinstance(module, TuckerModule):
-            module.unlift()
-            module.armed = False
-    return new
-
-
-def _tucker_layers(model: nn.Module) -> dict[tuple[str, ...], TuckerModule]:
-    """Return the Tucker layers by all their names."""
-    names: dict[TuckerModule, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, TuckerModule):
-            names.setdefault(module, []).append(name)
-    return {tuple(found): layer for layer, found in names.items()}
-
-
-def _obstacle(layer: TuckerModule) -> str:
-    """Say what keeps a layer as it is; nothing if it may be replaced."""
-    if type(layer) not in _KNOWN:
-        return "a subclass, which may do more than its base"
-    if has_hooks(layer):
-        return "it has hooks, which a new layer would lack"
-    return ""
-
-
-def _dense_only(model: nn.Module) -> set[nn.Module]:
-    """Return layers in modules of PyTorch that read weights, though perhaps not on the example."""
-    owners = (m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer))
-    return {child for owner in owners for child in owner.children()}
-
-
-def _replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
-    """Put each module wherever the layer is that has the name; return the model."""
-    old = {model.get_submodule(name): module for name, module in modules.items()}
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is not None and child in old:
-                setattr(parent, name, old[child])
-    return old.get(model, model)
+    """Copy a model, in eval mode and without gradients."""
+    return settled_copy(model).eval().requires_grad_(False)
 
 
 def _store_channels_last(model: nn.Module) -> None:

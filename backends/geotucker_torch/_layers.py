@@ -15,7 +15,7 @@ from ._contract import contract, dense_weight, without_autocast
 from ._lift import Extension, lifting
 from ._maps import ConvMap, LinearMap
 from ._plan import Sizes
-from ._point import read_point, write_point
+from ._point import own_parameter, read_point, write_point
 
 __all__ = [
     "TuckerConv1d",
@@ -187,12 +187,12 @@ class TuckerModule(nn.Module):
         bias: Any = layer.bias
         # On the meta device nothing is drawn: the state of the random generators stays.
         new = cls(**arguments, ranks=1, bias=bias is not None, device="meta")
-        new.core = _parameter(point.core.to(weight.dtype), weight.requires_grad)
+        new.core = own_parameter(point.core.to(weight.dtype), weight.requires_grad)
         new.factors = nn.ParameterList(
-            _parameter(factor.to(weight.dtype), False) for factor in point.factors
+            own_parameter(factor.to(weight.dtype), False) for factor in point.factors
         )
         if bias is not None:
-            new.bias = _parameter(bias, bias.requires_grad)
+            new.bias = own_parameter(bias, bias.requires_grad)
         return new.train(layer.training)
 
     @classmethod
@@ -246,9 +246,9 @@ class TuckerModule(nn.Module):
         """
         arguments = {name: getattr(self, name) for name in self._options}
         dense = self.dense_type(**arguments, bias=self.bias is not None, device="meta")
-        dense.weight = _parameter(self.dense_weight(), self.core.requires_grad)
+        dense.weight = own_parameter(self.dense_weight(), self.core.requires_grad)
         if self.bias is not None:
-            dense.bias = _parameter(self.bias, self.bias.requires_grad)
+            dense.bias = own_parameter(self.bias, self.bias.requires_grad)
         return dense.train(self.training)
 
     def dense_weight(self) -> Tensor:
@@ -621,12 +621,6 @@ def rescaled(point: gt.TuckerPoint, weight: Tensor) -> gt.TuckerPoint:
     # Heuristic: three quarters of the way (in the exponent) trained best over all learning rates.
     scale = torch.nan_to_num(norms[0] / norms[1], nan=1.0) ** 0.75
     return point._replace(core=point.core * scale.to(point.core.dtype))
-
-
-def _parameter(tensor: Tensor, requires_grad: bool) -> nn.Parameter:
-    # A copy of its own: safetensors saves no views.
-    own = tensor.detach().clone(memory_format=torch.contiguous_format)
-    return nn.Parameter(own, requires_grad=requires_grad)
 
 
 @torch.no_grad()

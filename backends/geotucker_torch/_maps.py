@@ -258,10 +258,16 @@ class ConvMap:
         extents = zip(self.stride, self.kernel, self.pads, strict=True)
         return [s if k == 1 and p == (0, 0) else 1 for s, k, p in extents]
 
+    @property
+    def stride_left(self) -> list[int]:
+        """What is left of the stride after `enter`."""
+        return [1 if skip > 1 else s for s, skip in zip(self.stride, self.skip, strict=True)]
+
     def sizes(self, x: Tensor, core: Tensor, u_out: Tensor, u_in: Tensor) -> Sizes:
         """See `LayerMap`; `x` is as `enter` returns it."""
         # PyTorch raises where the kernel does not fit: no positions are left then.
-        extents = zip(x.shape[2:], self.kernel, self._stride, self.pads, self.dilation, strict=True)
+        sides = x.shape[2:], self.kernel, self.stride_left, self.pads, self.dilation
+        extents = zip(*sides, strict=True)
         out = [max(0, (n + sum(p) - d * (k - 1) - 1) // s + 1) for n, k, s, p, d in extents]
         return Sizes(
             u_out.shape[0],
@@ -324,7 +330,7 @@ class ConvMap:
     def apply(self, a: Tensor, kernel: Tensor, bias: Tensor | None, split: bool) -> Tensor:
         """See `LayerMap`."""
         a, padding = self._padded(a)
-        options = (self._stride, padding, self.dilation)
+        options = (self.stride_left, padding, self.dilation)
         if split:
             return self._together(
                 _CONV[self._order](self._apart(a), kernel, bias, *options, groups=1)
@@ -350,10 +356,10 @@ class ConvMap:
         gradient = _INPUT_GRADIENT[self._order]
         if not split or self.groups == 1:
             return gradient(
-                shape, kernel, h, self._stride, padding, self.dilation, groups=self.groups
+                shape, kernel, h, self.stride_left, padding, self.dilation, groups=self.groups
             )
         apart = [shape[0] * self.groups, shape[1] // self.groups, *shape[2:]]
-        d = gradient(apart, kernel, self._apart(h), self._stride, padding, self.dilation)
+        d = gradient(apart, kernel, self._apart(h), self.stride_left, padding, self.dilation)
         return self._together(d)
 
     def kernel_gradient(self, a: Tensor, h: Tensor, split: bool) -> Tensor:
@@ -364,7 +370,7 @@ class ConvMap:
             a, h, groups = self._apart(a), self._apart(h), 1
         shape = (h.shape[1], a.shape[1] // groups, *self.kernel)
         return _KERNEL_GRADIENT[self._order](
-            a, shape, h, self._stride, padding, self.dilation, groups
+            a, shape, h, self.stride_left, padding, self.dilation, groups
         )
 
     def spread_output(self, b: Tensor, k_out: Tensor, bias: Tensor | None) -> Tensor:
@@ -397,11 +403,6 @@ class ConvMap:
     @property
     def _order(self) -> int:
         return len(self.kernel)
-
-    @property
-    def _stride(self) -> list[int]:
-        """What is left of the stride after `enter`."""
-        return [1 if skip > 1 else s for s, skip in zip(self.stride, self.skip, strict=True)]
 
     @property
     def _own_padding(self) -> list[int] | None:

@@ -1,11 +1,21 @@
 """What the functions on whole models share."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias
 
 from torch import nn
 
-__all__ = ["aligned", "check_model", "has_hooks"]
+__all__ = [
+    "Selection",
+    "aligned",
+    "check_model",
+    "has_hooks",
+    "replaced",
+    "selector",
+]
+
+Selection: TypeAlias = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -28,3 +38,29 @@ def aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
         for i, (cell, width) in enumerate(zip(cells, widths, strict=False))
     ]
     return "  ".join([*aligned, cells[-1]]).rstrip()
+
+
+def replaced(model: nn.Module, successors: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """Put each successor wherever its predecessor is, in place; return the model."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and child in successors:
+                setattr(parent, name, successors[child])
+    return successors.get(model, model)
+
+
+def selector(
+    argument: str, selection: Selection, default: bool
+) -> Callable[[str, nn.Module], bool]:
+    """Turn a selection of layers into a predicate; `default` is its value for None."""
+    if selection is None:
+        return lambda name, module: default
+    if callable(selection):
+        return selection
+    patterns = [selection] if isinstance(selection, str) else selection
+    if not isinstance(patterns, Collection) or not all(isinstance(p, str) for p in patterns):
+        raise TypeError(
+            f"{argument}: expected a pattern, several, or a predicate (name, module) -> bool, "
+            f"got {selection!r}"
+        )
+    return lambda name, module: any(fnmatchcase(name, pattern) for pattern in patterns)

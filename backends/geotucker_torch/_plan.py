@@ -11,7 +11,15 @@ which pays for ranks near the full ones.
 
 from typing import NamedTuple
 
-__all__ = ["CONTRACTIONS", "Contraction", "Sizes", "both_folded", "cheapest", "flops"]
+__all__ = [
+    "CONTRACTIONS",
+    "Contraction",
+    "Sizes",
+    "both_folded",
+    "cheapest",
+    "flops",
+    "folded_flops",
+]
 
 
 class Contraction(NamedTuple):
@@ -67,6 +75,31 @@ def flops(contraction: Contraction, sizes: Sizes) -> int:
     >>> flops(Contraction(True, True), sizes), flops(Contraction(False, False), sizes)
     (2100, 120000)
     """
+    return folded_flops(contraction, sizes) + _fold_flops(contraction, sizes)
+
+
+def folded_flops(contraction: Contraction, sizes: Sizes) -> int:
+    """Count the multiply-adds of one forward pass once the kernel is formed.
+
+    With one position each and a batch of one this is the number of weights.
+
+    Parameters
+    ----------
+    contraction : Contraction
+        The order to be priced.
+    sizes : Sizes
+        Of layer and input.
+
+    Returns
+    -------
+    int
+
+    Examples
+    --------
+    >>> sizes = Sizes(out_channels=100, in_channels=100, out_rank=10, in_rank=10, batch=1)
+    >>> folded_flops(Contraction(True, False), sizes)
+    2000
+    """
     s = sizes
     rows_out = s.batch * s.positions_out
     channels = s.in_rank if contraction.project_input else s.in_channels
@@ -79,7 +112,7 @@ def flops(contraction: Contraction, sizes: Sizes) -> int:
         total += rows_out * s.out_channels * s.out_rank
     else:
         total += rows_out * s.out_channels * channels * s.kernel
-    return total + _fold_flops(contraction, s)
+    return total
 
 
 def _fold_flops(contraction: Contraction, s: Sizes) -> int:

@@ -3,11 +3,18 @@
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import geotucker as gt
 
-__all__ = ["read_point", "write_point"]
+__all__ = ["own_parameter", "read_point", "write_point"]
+
+
+def own_parameter(tensor: Tensor, requires_grad: bool) -> nn.Parameter:
+    """Return a parameter with the values of a tensor, in memory of its own."""
+    # Contiguous: safetensors saves no views.
+    own = tensor.detach().clone(memory_format=torch.contiguous_format)
+    return nn.Parameter(own, requires_grad=requires_grad)
 
 
 def read_point(core: nn.Parameter, factors: Iterable[nn.Parameter]) -> gt.TuckerPoint:

@@ -15,7 +15,7 @@ import geotucker as gt
 from geotucker._ranks import in_force
 
 from ._layers import TuckerModule
-from ._plan import CONTRACTIONS, Sizes, both_folded, flops
+from ._plan import CONTRACTIONS, Sizes, both_folded, flops, folded_flops
 from ._slots import Slot
 
 __all__ = ["Rules", "flops_of", "whole_model"]
@@ -167,15 +167,12 @@ def flops_of(layer: TuckerModule | None) -> gt.Cost | None:
     if layer is None or layer.sizes is None:
         return None
     sizes: Sizes = layer.sizes
+    *chains, dense = CONTRACTIONS
 
     def tucker(ranks: Any) -> Any:
         s = sizes._replace(out_rank=ranks[0], in_rank=ranks[1])
-        prices = [flops(contraction, s) for contraction in CONTRACTIONS[:-1]]
-        prices.append(_dense_flops(s) + np.minimum(*both_folded(s)))
+        prices = [flops(contraction, s) for contraction in chains]
+        prices.append(folded_flops(dense, s) + np.minimum(*both_folded(s)))
         return reduce(np.minimum, prices)
 
-    return gt.Cost(tucker, _dense_flops(sizes))
-
-
-def _dense_flops(s: Sizes) -> int:
-    return s.batch * s.positions_out * s.out_channels * s.in_channels * s.kernel
+    return gt.Cost(tucker, folded_flops(dense, sizes))

@@ -1,0 +1,136 @@
+"""Plain modules to keep, fine-tune or export: what becomes of each Tucker layer is counted.
+
+The choice depends on sizes alone, so that it is the same on every machine and needs no example;
+`optimize_for_inference` measures instead.
+"""
+
+import math
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any, Literal, get_args
+
+from torch import nn
+
+from ._layers import TuckerLinear, TuckerModule
+from ._modules import Selection, check_model, replaced, selector
+from ._plain import obstacle, plain_module, settled_copy, tucker_layers, weight_readers
+from ._plan import CONTRACTIONS, Contraction, Sizes, folded_flops
+
+__all__ = ["finalize"]
+
+Cost = Literal["parameters", "flops"]
+
+_DENSE = Contraction(project_output=False, project_input=False)
+
+
+def finalize(model: nn.Module, *, cost: Cost = "parameters", dense: Selection = None) -> nn.Module:
+    """Return a copy with plain ``torch.nn`` modules in place of the Tucker layers.
+
+    Each Tucker layer becomes an ``nn.Sequential`` of two or three small layers, or one dense
+    layer where that costs no more. The result needs this package neither to be loaded nor to
+    run: it can be pickled, traced, compiled, quantised, and exported to ONNX like any other.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any model. It is neither changed nor run.
+    cost : {"parameters", "flops"}
+        What each layer shall have least of: parameters, or multiply-adds for each position of
+        its output. The two differ only where a convolution has a stride: a projection runs on
+        all the positions between which the kernel then strides.
+    dense : str, sequence of str, or callable, optional
+        Layers that become dense at any cost, because their owner reads their weight: patterns
+        with the wildcards of `fnmatch` for the dotted name, or a predicate ``(name, module) ->
+        bool``. Those in ``nn.TransformerEncoderLayer``, whose fast path reads weights, always do.
+
+    Returns
+    -------
+    nn.Module
+        The copy, in the same mode, dtypes and devices. Modules that were shared are shared, and
+        hooks on other modules are kept. Weights ask for gradients if the layer's core did, and
+        biases as before, so that the model can be fine-tuned: by descent on each member of a
+        chain, with a new optimizer. Layers that share their core but are not one module become
+        separate. Layers of tensorly-torch stay as they are.
+
+    Raises
+    ------
+    TypeError
+        If `model` is not a module, or `dense` of the wrong kind.
+    ValueError
+        If `cost` is none of these, a pattern in `dense` matches no module, or a Tucker layer
+        cannot be replaced, because it has hooks, or is of a subclass, which may do more.
+
+    See Also
+    --------
+    densify : Replaces every Tucker layer by a dense one.
+    optimize_for_inference : Chooses by time instead, for inference on one machine.
+
+    Examples
+    --------
+    >>> finalize(nn.Sequential(TuckerLinear(100, 50, ranks=8), nn.ReLU(), nn.Linear(50, 10)))
+    Sequential(
+      (0): Sequential(
+        (project): Linear(in_features=100, out_features=8, bias=False)
+        (kernel): Linear(in_features=8, out_features=50, bias=True)
+      )
+      (1): ReLU()
+      (2): Linear(in_features=50, out_features=10, bias=True)
+    )
+    """
+    check_model(model)
+    if cost not in get_args(Cost):
+        raise ValueError(f"cost: expected 'parameters' or 'flops', got {cost!r}")
+    is_wanted = selector("dense", dense, default=False)
+    _check_patterns(dense, model)
+    layers = tucker_layers(model)
+    _check_layers(layers)
+    new = settled_copy(model)
+    readers = weight_readers(new)
+    successors: dict[nn.Module, nn.Module] = {}
+    for (names, old), layer in zip(layers.items(), tucker_layers(new).values(), strict=True):
+        is_dense = layer in readers or any(is_wanted(name, old) for name in names)
+        successors[layer] = _successor(layer, _DENSE if is_dense else _cheapest(layer, cost))
+    return replaced(new, successors)
+
+
+def _cheapest(layer: TuckerModule, cost: Cost) -> Contraction:
+    """Return the order of least cost; of several that of the fewest layers."""
+    (out, in_), (out_rank, in_rank) = layer.shape[:2], layer.ranks[:2]
+    sizes = Sizes(out, in_, out_rank, in_rank, batch=1, kernel=math.prod(layer.shape[2:]))
+    if not isinstance(layer, TuckerLinear):
+        conv: Any = layer
+        # In a large image each position of the output has so many that the projection is run on.
+        positions = math.prod(conv.map.stride_left) if cost == "flops" else 1
+        sizes = sizes._replace(groups=conv.groups, positions_in=positions)
+    return min(reversed(CONTRACTIONS), key=lambda order: folded_flops(order, sizes))
+
+
+def _successor(layer: TuckerModule, order: Contraction) -> nn.Module:
+    """Build the plain module, with the layer's own bias: other modules may have it too."""
+    new = plain_module(layer, order)
+    last: Any = new[-1] if isinstance(new, nn.Sequential) else new
+    last.bias = layer.bias
+    return new
+
+
+def _check_patterns(selection: Selection, model: nn.Module) -> None:
+    if selection is None or callable(selection):
+        return
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    for pattern in [selection] if isinstance(selection, str) else selection:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"dense: expected patterns of module names, got {pattern!r}, which matches none"
+            )
+
+
+def _check_layers(layers: Mapping[tuple[str, ...], TuckerModule]) -> None:
+    """Raise if a layer would have to stay: the model would still need this package."""
+    reasons = {names[0]: obstacle(layer) for names, layer in layers.items()}
+    stuck = [f"{name!r} ({reason})" for name, reason in reasons.items() if reason]
+    if stuck:
+        raise ValueError(
+            "model: expected Tucker layers that plain modules can replace, got "
+            f"{', '.join(stuck)}; remove the hooks, or put them on the module around the layer, "
+            "and replace layers of your own classes yourself"
+        )

@@ -1,0 +1,54 @@
+"""Layers of every kind with inputs for them, which several tests draw."""
+
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from geotucker_torch import TuckerConv1d, TuckerConv2d, TuckerConv3d, TuckerLinear, TuckerModule
+
+DOUBLE = {"dtype": torch.float64}
+CONVS = {1: TuckerConv1d, 2: TuckerConv2d, 3: TuckerConv3d}
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    """Check equality in double precision, up to rounding."""
+    assert a.shape == b.shape
+    assert (a - b).norm() <= 1e-12 * b.norm()
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> tuple[TuckerModule, Tensor]:
+    order = draw(st.integers(1, 3))
+    sides = st.tuples(*[st.integers(1, 3)] * order)
+    groups = draw(st.integers(1, 3))
+    kernel, dilation, stride = draw(sides), draw(sides), draw(sides)
+    mode = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
+    padding: Any = draw(st.sampled_from(["same", "valid", "numbers"]))
+    if padding == "numbers":
+        padding = draw(st.tuples(*[st.integers(0, 2)] * order))
+    elif padding == "same":
+        stride = (1,) * order
+    layer = CONVS[order](
+        groups * draw(st.integers(1, 3)),
+        groups * draw(st.integers(1, 3)),
+        kernel,
+        ranks=draw(st.integers(1, 3)),
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        bias=draw(st.booleans()),
+        padding_mode=mode,
+        **DOUBLE,
+    )
+    x = torch.randn(layer.in_channels, *(draw(st.integers(7, 9)) for _ in kernel), **DOUBLE)
+    return layer, x if draw(st.booleans()) else torch.stack([x, x.flip(1)])
+
+
+@st.composite
+def linears(draw: st.DrawFn) -> tuple[TuckerModule, Tensor]:
+    sizes = [draw(st.integers(1, 6)) for _ in range(2)]
+    layer = TuckerLinear(*sizes, ranks=draw(st.integers(1, 3)), bias=draw(st.booleans()), **DOUBLE)
+    return layer, torch.randn(*draw(st.sampled_from([(), (3,), (2, 3)])), sizes[0], **DOUBLE)
