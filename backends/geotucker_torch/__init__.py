@@ -2,14 +2,16 @@
 
 `factorize` replaces the Linear and convolutional layers of a model by Tucker layers, whose
 weights are a core and orthonormal factors, and `densify` goes back. `TDLRT` wraps a torch
-optimizer and trains them: it moves the bases and adapts the ranks. `optimize_for_inference` turns
-a trained model into plain modules, each the fastest by measurement.
+optimizer and trains them: it moves the bases and adapts the ranks. `load_weights`
+and `dense_state_dict` carry weights between dense and factorised models. `optimize_for_inference` turns a trained model into plain
+modules, each the fastest by measurement.
 """
 
 from ._factorize import Factorization, FactorizedLayer, densify, factorize, plan
 from ._inference import optimize_for_inference
 from ._layers import TuckerConv1d, TuckerConv2d, TuckerConv3d, TuckerLinear, TuckerModule
 from ._optimizer import TDLRT
+from ._weights import dense_state_dict, load_weights
 
 __all__ = [
     "TDLRT",
@@ -20,8 +22,10 @@ __all__ = [
     "TuckerConv3d",
     "TuckerLinear",
     "TuckerModule",
+    "dense_state_dict",
     "densify",
     "factorize",
+    "load_weights",
     "optimize_for_inference",
     "plan",
 ]
