@@ -2,11 +2,13 @@
 
 `factorize` replaces the Linear and convolutional layers of a model by Tucker layers, whose
 weights are a core and orthonormal factors, and `densify` goes back. `TDLRT` wraps a torch
-optimizer and trains them: it moves the bases and adapts the ranks. `load_weights`
-and `dense_state_dict` carry weights between dense and factorised models. `optimize_for_inference` turns a trained model into plain
+optimizer and trains them: it moves the bases and adapts the ranks. `save_checkpoint` and
+`load_checkpoint` keep a training in a file, `load_weights` and `dense_state_dict` carry weights
+between dense and factorised models. `optimize_for_inference` turns a trained model into plain
 modules, each the fastest by measurement.
 """
 
+from ._checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from ._factorize import Factorization, FactorizedLayer, densify, factorize, plan
 from ._inference import optimize_for_inference
 from ._layers import TuckerConv1d, TuckerConv2d, TuckerConv3d, TuckerLinear, TuckerModule
@@ -15,6 +17,7 @@ from ._weights import dense_state_dict, load_weights
 
 __all__ = [
     "TDLRT",
+    "CheckpointError",
     "Factorization",
     "FactorizedLayer",
     "TuckerConv1d",
@@ -25,7 +28,9 @@ __all__ = [
     "dense_state_dict",
     "densify",
     "factorize",
+    "load_checkpoint",
     "load_weights",
     "optimize_for_inference",
     "plan",
+    "save_checkpoint",
 ]
