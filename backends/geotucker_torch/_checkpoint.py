@@ -165,7 +165,7 @@ def load_checkpoint(
         with untouched_if_loading_fails(model, optimizer, scheduler):
             with _blamed_on(path, "model"):
                 weights = _weights(content)
-                _check_dtypes(model, weights)
+                _check_tensors(model, weights)
                 load_weights(model, weights)
             for name, part in given.items():
                 if part is not None:
@@ -233,11 +233,18 @@ def _weights(content: Mapping[str, Any]) -> "OrderedDict[str, Any]":
     return weights
 
 
-def _check_dtypes(model: nn.Module, weights: Mapping[str, Any]) -> None:
-    """Raise TypeError where torch would convert without a word."""
+def _check_tensors(model: nn.Module, weights: Mapping[str, Any]) -> None:
+    """Raise TypeError where torch would convert, or load nothing, without an error."""
     for name, own in model.state_dict().items():
         saved = weights.get(name)
-        if torch.is_tensor(own) and torch.is_tensor(saved) and own.dtype != saved.dtype:
+        if not (torch.is_tensor(own) and torch.is_tensor(saved)):
+            continue
+        if own.is_meta:
+            raise TypeError(
+                f"expected memory for {name!r}, got the meta device; call "
+                "model.to_empty(device=...) first"
+            )
+        if own.dtype != saved.dtype:
             raise TypeError(
                 f"expected {own.dtype} for {name!r}, got {saved.dtype}; convert the model before "
                 f"it is loaded, with model.to({saved.dtype}), or afterwards"

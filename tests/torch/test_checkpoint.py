@@ -16,6 +16,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -139,6 +140,14 @@ def test_ranks_over_time_are_saved_and_go_on(tmp_path: Path) -> None:
     assert again[1].rank_history == history
     advance(*again, range(1))
     assert list(again[1].rank_history["5"]) == list(range(SAVED_AT + 2))
+
+
+def test_numbers_of_numpy_in_a_rule_leave_the_state_safe_to_load(tmp_path: Path) -> None:
+    model, _, _ = build("adam")
+    budget = gt.Budget(parameters=np.float64(0.2), start=np.float64(0.5), steps=9)
+    optimizer = TDLRT(torch.optim.SGD(model.parameters(), 0.1), model, budget)
+    torch.save(optimizer.state_dict(), tmp_path / "file")
+    optimizer.load_state_dict(torch.load(tmp_path / "file", weights_only=True))
 
 
 @given(st.integers(0, 3000))
@@ -306,6 +315,12 @@ def other() -> tuple[nn.Module, TDLRT, Any]:
     return parts
 
 
+def safe_weights(path: Path) -> Any:
+    tensors = safetensors.torch.load_file(path)
+    names = build("momentum")[0].state_dict()
+    return type(names)((name, tensors[name]) for name in names)
+
+
 @pytest.mark.parametrize("share", [0.0, 1e-4, 0.01, 0.3, 0.5, 0.9, 0.99999])
 def test_truncated_files_are_refused(
     share: float, file: Path, other: tuple[nn.Module, TDLRT, Any], tmp_path: Path
@@ -427,6 +442,14 @@ def test_other_models_are_refused(change: Any, message: str, file: Path) -> None
     with pytest.raises(CheckpointError, match=rf"(?s)does not fit the model \(.*{message}"):
         load_checkpoint(file, model, optimizer, scheduler)
     untouched.check()
+
+
+def test_models_without_memory_are_refused_and_loaded_once_they_have_some(file: Path) -> None:
+    model = build("momentum")[0].to("meta")
+    with pytest.raises(CheckpointError, match=r"got the meta device; call model.to_empty"):
+        load_checkpoint(file, model)
+    load_checkpoint(file, model.to_empty(device="cpu"))
+    assert_same(model.state_dict(), safe_weights(file))
 
 
 def test_other_kinds_of_optimizer_and_scheduler_are_refused(
