@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 import geotucker as gt
 
 from ._layers import TuckerModule
-from ._slots import Slot
+from ._slots import Slot, find_slots
 
 __all__ = ["restored_if_it_fails", "untouched_if_loading_fails"]
 
@@ -91,6 +91,7 @@ def untouched_if_loading_fails(
     for module in modules:
         places += [module._parameters, module._buffers]
     objects = [dict(place) for place in places]
+    ranked = [(module, module.rank) for slot in find_slots(model) for module in slot.ranked]
     lifts = [(m, m.lift_state()) for m in modules if isinstance(m, TuckerModule)]
     others = [(part, part.state_dict()) for part in (optimizer, scheduler) if part is not None]
     try:
@@ -105,6 +106,8 @@ def untouched_if_loading_fails(
                 tensor.set_(alias)  # type: ignore[call-overload]
         for tensor, gradient in zip(tensors, gradients, strict=True):
             tensor.grad = gradient
+        for module, rank in ranked:
+            module.rank = rank
         for layer, lift in lifts:
             layer.restore_lift(lift)
         for part, state in others:

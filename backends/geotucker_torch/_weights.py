@@ -34,7 +34,8 @@ def load_weights(
     Tucker layers take Tucker weights at the ranks that they find, and dense weights by the HOSVD,
     as `factorize` would have decomposed them. Dense layers take Tucker weights multiplied out.
     ``model.load_state_dict`` does the first two as well, dense weights at the ranks that the layers
-    have; but it knows no rules, and leaves a model half loaded where a layer does not fit.
+    have; but it knows no rules, leaves a model half loaded where a layer does not fit, and refuses
+    other ranks for Tucker tensors of tensorly-torch.
 
     Parameters
     ----------
@@ -79,6 +80,7 @@ def load_weights(
     _to_dense(state, [prefix for prefix in _tucker_prefixes(state) if _is_dense(model, prefix)])
     _to_tucker(state, model, ranks, rescale, assign)
     with untouched_if_loading_fails(model):
+        _make_room(model, state)
         return model.load_state_dict(state, strict=strict, assign=assign)
 
 
@@ -140,7 +142,7 @@ def _fits_together(parts: list[Any]) -> bool:
     if not all(map(torch.is_tensor, parts)):
         return False
     core, *factors = parts
-    return bool(factors) and all(
+    return len(factors) == core.dim() > 0 and all(
         factor.dim() == 2 and factor.shape[1] == rank
         for factor, rank in zip(factors, core.shape, strict=True)
     )
@@ -198,6 +200,22 @@ def _to_tucker(
         for prefix in prefixes:
             del state[prefix + "weight"]
             state.update(tucker_state(point, prefix, weight.dtype if assign else None))
+
+
+def _make_room(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Give Tucker tensors in modules of other packages, which do not do so, the ranks to come."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for slot in find_slots(model):
+        parameters = (slot.core, *slot.factors)
+        parts: list[Any] = [state.get(names[parameter]) for parameter in parameters]
+        if slot.layer is None and _fits_together(parts):
+            shape = tuple(len(factor) for factor in parts[1:])
+            if shape == slot.point.shape and tuple(parts[0].shape) != slot.point.ranks:
+                core, *factors = (
+                    parameter.new_empty(part.shape)
+                    for parameter, part in zip(parameters, parts, strict=True)
+                )
+                slot.write(gt.TuckerPoint(core, tuple(factors)))
 
 
 def _decomposed(name: str, weight: Tensor) -> gt.TuckerPoint:
