@@ -272,6 +272,11 @@ class TuckerModule(nn.Module):
         return tuple(self.core.shape)
 
     @property
+    def settled_ranks(self) -> tuple[int, ...]:
+        """The ranks without a lift that no step has used."""
+        return self.ranks if self.narrow is None else self.narrow.ranks
+
+    @property
     def point(self) -> gt.TuckerPoint:
         """Core and factors outside any graph; they share their memory with the parameters."""
         return read_point(self.core, self.factors)
@@ -406,7 +411,7 @@ class TuckerModule(nn.Module):
         if tuple(weight.shape) != self.shape:
             raise ValueError(_size_mismatch(key, weight.shape, torch.Size(self.shape)))
         try:
-            return rescaled(decompose(weight, self.ranks), weight)
+            return rescaled(decompose(weight, self.settled_ranks), weight)
         except gt.GeotuckerError as error:
             raise ValueError(f"While decomposing {key}: {error}") from error
 

@@ -210,7 +210,7 @@ class TDLRT(Optimizer):
         layers = {slot.name: slot.layer for slot in self._slots if slot.layer is not None}
         own = {
             "steps": self._steps,
-            "ranks": {slot.name: _narrow_ranks(slot) for slot in self._slots},
+            "ranks": {slot.name: slot.settled_ranks for slot in self._slots},
             "history": self._history.state(),
             "loss_scales": {name: float(layer.loss_scale) for name, layer in layers.items()},
             **self._rules.state(),
@@ -245,7 +245,7 @@ class TDLRT(Optimizer):
             ) from error
         self.wrapped.load_state_dict({k: v for k, v in state_dict.items() if k != "tdlrt"})
         self._steps, self._rules, self._history = steps, rules, history
-        self._left = {slot.name: _narrow_ranks(slot) for slot in self._slots}
+        self._left = {slot.name: slot.settled_ranks for slot in self._slots}
         for slot in self._slots:
             if slot.layer is not None:
                 slot.layer.loss_scale = scales.get(slot.name, 1.0)
@@ -293,7 +293,7 @@ class TDLRT(Optimizer):
             )
         loss = None
         with restored_if_it_fails(self, self._slots), torch.no_grad():
-            previous = [_narrow_ranks(slot) for slot in slots]
+            previous = [slot.settled_ranks for slot in slots]
             self._forget_other_ranks(slots)
             if closure is not None:
                 loss = self._evaluate(torch.enable_grad()(closure), foreign)
@@ -394,7 +394,7 @@ class TDLRT(Optimizer):
     def _forget_other_ranks(self, slots: list[Slot]) -> None:
         """Reset the moments of tensors that were loaded at other ranks, without their optimizer."""
         for slot in slots:
-            if _narrow_ranks(slot) != self._left[slot.name]:
+            if slot.settled_ranks != self._left[slot.name]:
                 self.state.pop(slot.core, None)
 
     def _check_gradients(self) -> None:
@@ -421,12 +421,6 @@ def _trained_slots(model: nn.Module, optimizer: Optimizer) -> list[Slot]:
             "found none; call factorize(model) first and build the optimizer on its parameters"
         )
     return slots
-
-
-def _narrow_ranks(slot: Slot) -> tuple[int, ...]:
-    """Return the ranks before a backward pass has extended the bases."""
-    narrow = None if slot.layer is None else slot.layer.narrow
-    return (slot.point if narrow is None else narrow).ranks
 
 
 def _facts(slot: Slot, previous: tuple[int, ...], before: Tensor) -> gt.Facts:
@@ -470,9 +464,9 @@ def _check_ranks(slots: Sequence[Slot], saved: Mapping[str, Any]) -> None:
             f"state_dict: expected the Tucker tensors {sorted(names)}, got {sorted(saved)}"
         )
     for slot in slots:
-        if tuple(saved[slot.name]) != _narrow_ranks(slot):
+        if tuple(saved[slot.name]) != slot.settled_ranks:
             raise ValueError(
-                f"state_dict: expected ranks {_narrow_ranks(slot)} of {slot.name!r}, which the "
+                f"state_dict: expected ranks {slot.settled_ranks} of {slot.name!r}, which the "
                 f"model has, got {tuple(saved[slot.name])}; load the model's state_dict of the "
                 "same moment first"
             )
@@ -482,7 +476,7 @@ def _check_shapes(
     state_dict: Mapping[str, Any], optimizer: Optimizer, slots: Sequence[Slot]
 ) -> None:
     """Raise ValueError if saved moments do not fit the parameters as they are now."""
-    ranks = {slot.core: _narrow_ranks(slot) for slot in slots}
+    ranks = {slot.core: slot.settled_ranks for slot in slots}
     current = [p for group in optimizer.param_groups for p in group["params"]]
     saved = [key for group in state_dict["param_groups"] for key in group["params"]]
     for parameter, key in zip(current, saved, strict=False):

@@ -192,7 +192,7 @@ def _to_tucker(
     weights = [state[prefixes[0] + "weight"] for _, prefixes in found]
     # What a schedule comes down to in the end.
     rule = Rules.of(ranks, model, slots).in_force(sys.maxsize, [slot.name for slot in slots])
-    facts = [gt.Facts(previous=slot.point.ranks, flops=flops_of(slot.layer)) for slot in slots]
+    facts = [gt.Facts(previous=slot.settled_ranks, flops=flops_of(slot.layer)) for slot in slots]
     points = [_decomposed(slot.name, weight) for slot, weight in zip(slots, weights, strict=True)]
     cuts = gt.truncate(points, rule, facts)
     for (_, prefixes), weight, cut in zip(found, weights, cuts, strict=True):

@@ -330,6 +330,16 @@ def test_training_goes_on_at_the_ranks_that_were_loaded(
     assert optimizer.ranks == expected
 
 
+@pytest.mark.parametrize("load", [load_weights, nn.Module.load_state_dict])
+def test_dense_weights_amid_a_step_come_to_the_ranks_from_before_it(load: Any) -> None:
+    model, optimizer = trained_at(4, every=1)
+    before = optimizer.ranks
+    model(x).square().mean().backward()
+    assert optimizer.ranks != before
+    load(model, network().state_dict())
+    assert optimizer.ranks == before
+
+
 def test_a_second_load_takes_nothing_from_the_first() -> None:
     model, source = factorised(), factorised(3, seed=2)
     load_weights(model, source.state_dict())
