@@ -224,7 +224,9 @@ def extend(
 ) -> tuple[Array, Array | None]:  # shapes: (n, m) and (r, r), m = min(n, r + k)
     """Return orthonormal Q with ``basis = Q[:, :r] R``, the rest of Q from `directions`.
 
-    No R stands for the identity: the basis was orthonormal and leads Q as it is. The directions are scaled, so that neither huge nor tiny ones spoil the reflections, and
+    No R stands for the identity: the basis was orthonormal and leads Q as it is.
+
+    The directions are scaled, so that neither huge nor tiny ones spoil the reflections, and
     projected twice on the complement of the basis before the QR ("twice is enough", Giraud et
     al. 2005). Where they are dependent, Householder's Q completes them by columns that need not
     be orthogonal to the basis; then ``[basis | directions]`` is decomposed as a whole.

@@ -23,7 +23,7 @@ class Truncation(NamedTuple):
     point : TuckerPoint
         Orthonormal factors ``U_i P_i`` and core ``C x_i P_i^T``.
     rotations : tuple of arrays, shapes (old r_i, new r_i)
-        The P_i, with orthonormal columns. The identity in a mode that lost nothing: its basis stays.
+        The P_i, with orthonormal columns; identities in modes that lost nothing.
     error_bound : float
         Upper bound of ``||W - W_truncated||``: the root of the sum over modes of the
         squared tails of singular values (De Lathauwer et al. 2000, Property 10).

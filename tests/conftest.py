@@ -6,13 +6,14 @@ environment cannot pass for a green run. Only CuPy, which needs a GPU, is skippe
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tensorly as tl
 from hypothesis import HealthCheck, settings
 
 BACKENDS = ("numpy", "pytorch", "jax", "cupy")
@@ -123,3 +124,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         return
     if not importlib.import_module("torch").cuda.is_available():
         pytest.skip("no CUDA device")
+
+
+@pytest.fixture
+def tltorch() -> Iterator[Any]:
+    """tensorly-torch, with TensorLy's backend put back afterwards (its import switches it)."""
+    before = tl.get_backend()
+    module = pytest.importorskip("tltorch", reason="tensorly-torch is not installed")
+    tl.set_backend("pytorch")  # its layers need it at run time
+    yield module
+    tl.set_backend(before)

@@ -2,19 +2,24 @@
 
 `factorize` replaces the Linear and convolutional layers of a model by Tucker layers, whose
 weights are a core and orthonormal factors, and `densify` goes back. `TDLRT` wraps a torch
-optimizer and trains them: it moves the bases and adapts the ranks. `finalize` turns a trained model
-into plain modules, the smallest, to be fine-tuned or exported, and `optimize_for_inference` into
-those that are measured to be the fastest.
+optimizer and trains them: it moves the bases and adapts the ranks. `save_checkpoint` and
+`load_checkpoint` keep a training in a file, `load_weights` and `dense_state_dict` carry weights
+between dense and factorised models. `finalize` turns a trained model into plain modules, the
+smallest, to be fine-tuned or exported, and `optimize_for_inference` into those that are measured to
+be the fastest.
 """
 
+from ._checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from ._factorize import Factorization, FactorizedLayer, densify, factorize, plan
 from ._finalize import finalize
 from ._inference import optimize_for_inference
 from ._layers import TuckerConv1d, TuckerConv2d, TuckerConv3d, TuckerLinear, TuckerModule
 from ._optimizer import TDLRT
+from ._weights import dense_state_dict, load_weights
 
 __all__ = [
     "TDLRT",
+    "CheckpointError",
     "Factorization",
     "FactorizedLayer",
     "TuckerConv1d",
@@ -22,9 +27,13 @@ __all__ = [
     "TuckerConv3d",
     "TuckerLinear",
     "TuckerModule",
+    "dense_state_dict",
     "densify",
     "factorize",
     "finalize",
+    "load_checkpoint",
+    "load_weights",
     "optimize_for_inference",
     "plan",
+    "save_checkpoint",
 ]

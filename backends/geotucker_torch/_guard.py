@@ -1,18 +1,21 @@
-"""All or nothing: what a failed step has spoiled is put back."""
+"""All or nothing: what a failed step, or a failed load, has spoiled is put back."""
 
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 import geotucker as gt
 
-from ._slots import Slot
+from ._layers import TuckerModule
+from ._slots import Slot, find_slots
 
-__all__ = ["restored_if_it_fails"]
+__all__ = ["restored_if_it_fails", "untouched_if_loading_fails"]
 
 
 @contextmanager
@@ -59,3 +62,56 @@ def _copy_state(state: Any) -> Any:
     if isinstance(state, dict):
         return {k: v.clone() if torch.is_tensor(v) else copy.copy(v) for k, v in state.items()}
     return copy.deepcopy(state)
+
+
+@contextmanager
+def untouched_if_loading_fails(
+    model: nn.Module, optimizer: Optimizer | None = None, scheduler: Any = None
+) -> Iterator[None]:
+    """Put everything back if the block raises.
+
+    PyTorch loads layer by layer, and leaves a model half loaded where one does not fit. Costs a
+    copy of the model while the block runs; the states of the others are replaced by loading, not
+    written into.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Its tensors, gradients and lifts; lazy parameters, which have no values, are left.
+    optimizer, scheduler : optional
+        By their ``state_dict``.
+    """
+    tensors = [t for t in chain(model.parameters(), model.buffers()) if not nn.parameter.is_lazy(t)]
+    # The aliases keep the memory, whatever shape the tensors take; the copies what is in it.
+    aliases = [tensor.detach() for tensor in tensors]
+    copies = [alias.clone() for alias in aliases]
+    gradients = [tensor.grad for tensor in tensors]
+    modules = list(model.modules())
+    places: list[dict[str, Any]] = []
+    for module in modules:
+        places += [module._parameters, module._buffers]
+    objects = [dict(place) for place in places]
+    ranked = [(module, module.rank) for slot in find_slots(model) for module in slot.ranked]
+    lifts = [(m, m.lift_state()) for m in modules if isinstance(m, TuckerModule)]
+    others = [(part, part.state_dict()) for part in (optimizer, scheduler) if part is not None]
+    try:
+        yield
+    except BaseException:
+        for place, before in zip(places, objects, strict=True):
+            place.update(before)
+        with torch.no_grad():
+            for tensor, alias, copied in zip(tensors, aliases, copies, strict=True):
+                alias.copy_(copied)
+                tensor.grad = None
+                tensor.set_(alias)  # type: ignore[call-overload]
+        for tensor, gradient in zip(tensors, gradients, strict=True):
+            tensor.grad = gradient
+        for module, rank in ranked:
+            module.rank = rank
+        for layer, lift in lifts:
+            layer.restore_lift(lift)
+        for part, state in others:
+            part.load_state_dict(state)
+        for layer, lift in lifts:  # the optimizer has needed the lift, and has armed the layer
+            layer.restore_lift(lift)
+        raise

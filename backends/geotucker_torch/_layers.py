@@ -1,7 +1,7 @@
 """Tucker layers: ``nn.Linear`` and ``nn.ConvNd`` whose weight is kept as core and factors."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any, ClassVar, TypeVar
 
@@ -24,6 +24,8 @@ __all__ = [
     "TuckerLinear",
     "TuckerModule",
     "decompose",
+    "rescaled",
+    "tucker_state",
 ]
 
 _Layer = TypeVar("_Layer", bound="TuckerModule")
@@ -181,8 +183,7 @@ class TuckerModule(nn.Module):
     ) -> _Layer:
         """Build the layer with the options of a dense layer and the weight of a point."""
         weight = cls._weight_of(layer)
-        if rescale or (rescale is None and is_noise(weight)):
-            point = rescaled(point, weight)
+        point = rescaled(point, weight, rescale)
         arguments = {name: getattr(layer, name) for name in cls._options}
         bias: Any = layer.bias
         # On the meta device nothing is drawn: the state of the random generators stays.
@@ -274,6 +275,11 @@ class TuckerModule(nn.Module):
         return tuple(self.core.shape)
 
     @property
+    def settled_ranks(self) -> tuple[int, ...]:
+        """The ranks without a lift that no step has used."""
+        return self.ranks if self.narrow is None else self.narrow.ranks
+
+    @property
     def point(self) -> gt.TuckerPoint:
         """Core and factors outside any graph; they share their memory with the parameters."""
         return read_point(self.core, self.factors)
@@ -334,6 +340,17 @@ class TuckerModule(nn.Module):
     def _options_repr(self) -> str:
         raise NotImplementedError
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the state as ever, of the point before a lift that no step has used.
+
+        The weight is the same, and so are its gradients, which are not saved, when they are
+        computed again; the optimizer's state fits that point, as it has not seen the lift either.
+        """
+        state = super().state_dict(*args, **kwargs)
+        if self.narrow is not None and self._untouched and not kwargs.get("keep_vars"):
+            state.update(tucker_state(self.narrow, kwargs.get("prefix", "")))
+        return state
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -344,15 +361,30 @@ class TuckerModule(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Take over the ranks of the state, or, if its shapes do not fit, nothing at all."""
+        """Take over the ranks of the state, or, if its shapes do not fit, nothing at all.
+
+        A dense weight is decomposed at the layer's ranks, as `from_dense` does it.
+        """
         own = {prefix + name: parameter for name, parameter in self.named_parameters()}
+        if self.finds_dense(state_dict, prefix):
+            weight = state_dict.pop(prefix + "weight")
+            try:
+                point = self._decomposed(prefix + "weight", weight)
+            except ValueError as error:
+                error_msgs.append(str(error))
+                state_dict.update(own)
+            else:
+                assign = local_metadata.get("assign_to_params_buffers", False)
+                state_dict.update(tucker_state(point, prefix, weight.dtype if assign else None))
         given = {key: state_dict[key] for key in own if torch.is_tensor(state_dict.get(key))}
         expected = self._expected_shapes(prefix, given)
         wrong = [key for key in given if given[key].shape != expected.get(key, own[key].shape)]
         if wrong:
             # PyTorch would copy the parameters that fit. Its own message, and a state replaced
             # by what is there already, leave the layer as it was.
-            error_msgs.extend(_size_mismatch(key, given[key], own[key]) for key in wrong)
+            error_msgs.extend(
+                _size_mismatch(key, given[key].shape, own[key].shape) for key in wrong
+            )
             state_dict.update({key: own[key] for key in given})
         else:
             if prefix + "core" in given and self.narrow is not None:
@@ -366,14 +398,30 @@ class TuckerModule(nn.Module):
 
     def _expected_shapes(self, prefix: str, given: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
         """Shapes to be accepted: other ranks only if core and all factors come along."""
-        shape, ranks = self.shape, self.ranks
-        keys = [prefix + "core", *(f"{prefix}factors.{i}" for i in range(len(shape)))]
+        shape, ranks, keys = self.shape, self.ranks, self._tucker_keys(prefix)
         if all(key in given for key in keys):
             loaded = tuple(given[keys[0]].shape)
             bounds = zip(loaded, shape, strict=False)
             if len(loaded) == len(shape) and all(1 <= r <= n for r, n in bounds):
                 ranks = loaded
         return dict(zip(keys, [ranks, *zip(shape, ranks, strict=True)], strict=True))
+
+    def _tucker_keys(self, prefix: str) -> list[str]:
+        return [prefix + "core", *(f"{prefix}factors.{mode}" for mode in range(len(self.shape)))]
+
+    def finds_dense(self, state_dict: Mapping[str, Any], prefix: str) -> bool:
+        """Tell whether a state has a dense weight for this layer instead of core and factors."""
+        found = torch.is_tensor(state_dict.get(prefix + "weight"))
+        return found and not any(key in state_dict for key in self._tucker_keys(prefix))
+
+    def _decomposed(self, key: str, weight: Tensor) -> gt.TuckerPoint:
+        """Decompose a dense weight at the layer's ranks; ValueError if that cannot be done."""
+        if tuple(weight.shape) != self.shape:
+            raise ValueError(_size_mismatch(key, weight.shape, torch.Size(self.shape)))
+        try:
+            return rescaled(decompose(weight, self.settled_ranks), weight)
+        except gt.GeotuckerError as error:
+            raise ValueError(f"While decomposing {key}: {error}") from error
 
 
 class TuckerLinear(TuckerModule):
@@ -594,7 +642,7 @@ def decompose(weight: Tensor, ranks: Any) -> gt.TuckerPoint:
 
 
 @torch.no_grad()
-def is_noise(weight: Tensor) -> bool:
+def _is_noise(weight: Tensor) -> bool:
     """Tell whether a weight looks untrained.
 
     That is, no singular value of its first unfolding stands out of those of a random matrix of
@@ -608,8 +656,8 @@ def is_noise(weight: Tensor) -> bool:
 
 
 @torch.no_grad()
-def rescaled(point: gt.TuckerPoint, weight: Tensor) -> gt.TuckerPoint:
-    """Give a truncated weight most of the norm that was cut off.
+def rescaled(point: gt.TuckerPoint, weight: Tensor, rescale: bool | None = None) -> gt.TuckerPoint:
+    """Give a truncated weight, by default if it is noise, most of the norm that was cut off.
 
     The HOSVD of an untrained weight keeps little of it: rank 8 of 120 x 400 about an eighth of
     the energy. Layer upon layer the signal would fade, gradients vanish, and training stay where
@@ -617,10 +665,21 @@ def rescaled(point: gt.TuckerPoint, weight: Tensor) -> gt.TuckerPoint:
     though, the few singular values that are left are far larger than the dense layer's largest,
     and learning rates that suit that one are too large.
     """
+    if not (_is_noise(weight) if rescale is None else rescale):
+        return point
     norms = [torch.linalg.vector_norm(t.double()) for t in (weight.detach(), point.core)]
     # Heuristic: three quarters of the way (in the exponent) trained best over all learning rates.
     scale = torch.nan_to_num(norms[0] / norms[1], nan=1.0) ** 0.75
     return point._replace(core=point.core * scale.to(point.core.dtype))
+
+
+def tucker_state(
+    point: gt.TuckerPoint, prefix: str, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Return a point as entries of a ``state_dict``, in `dtype` or its own."""
+    tensors = [tensor.to(dtype or tensor.dtype) for tensor in (point.core, *point.factors)]
+    names = ["core", *(f"factors.{mode}" for mode in range(point.order))]
+    return {prefix + name: tensor for name, tensor in zip(names, tensors, strict=True)}
 
 
 @torch.no_grad()
@@ -631,10 +690,10 @@ def _resize(parameter: nn.Parameter, shape: torch.Size) -> None:
         parameter.set_(parameter.new_empty(shape))  # type: ignore[arg-type]
 
 
-def _size_mismatch(key: str, given: Tensor, own: Tensor) -> str:
+def _size_mismatch(key: str, given: torch.Size, own: torch.Size) -> str:
     return (
-        f"size mismatch for {key}: copying a param with shape {given.shape} from checkpoint, "
-        f"the shape in current model is {own.shape}."
+        f"size mismatch for {key}: copying a param with shape {given} from checkpoint, "
+        f"the shape in current model is {own}."
     )
 
 

@@ -16,6 +16,7 @@ from geotucker._integrators._base import allowance
 
 from ._finite import check_finite
 from ._guard import restored_if_it_fails
+from ._history import RankHistory
 from ._layers import TuckerModule
 from ._lift import Extension
 from ._rules import Rules, flops_of
@@ -25,6 +26,9 @@ from ._state import carry_state, drift, lift_state
 __all__ = ["INTEGRATORS", "TDLRT"]
 
 INTEGRATORS = ("tangent", "tdlrt")
+
+# Adafactor's, over rows and over columns: of as many dimensions as the parameter, but smaller.
+_SUMS = ("row_var", "col_var")
 
 
 class TDLRT(Optimizer):
@@ -146,6 +150,9 @@ class TDLRT(Optimizer):
             _orthonormalise(slot)
             for factor in slot.factors:  # Adagrad makes its state beforehand
                 self.state.pop(factor, None)
+        # What it has left them at: other ranks later come from a model that was loaded since.
+        self._left = self.ranks
+        self._history = RankHistory({name: (ranks,) for name, ranks in self._left.items()})
         self.one_pass = one_pass
         self._arm()
         # Without this optimizer nobody would truncate what they extend.
@@ -173,6 +180,15 @@ class TDLRT(Optimizer):
         """The present ranks of every Tucker tensor, by module name."""
         return {slot.name: slot.point.ranks for slot in self._slots}
 
+    @property
+    def rank_history(self) -> dict[str, dict[int, tuple[int, ...]]]:
+        """The ranks of every Tucker tensor by module name and number of steps taken.
+
+        Step by step at first, later at every second, fourth ... step: at most 256 records. They are
+        saved with the optimizer.
+        """
+        return self._history.by_step()
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group to the wrapped optimizer."""
         self.wrapped.add_param_group(param_group)
@@ -192,8 +208,13 @@ class TDLRT(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the wrapped optimizer's ``state_dict`` with the entry ``"tdlrt"`` added."""
         layers = {slot.name: slot.layer for slot in self._slots if slot.layer is not None}
-        scales = {name: float(layer.loss_scale) for name, layer in layers.items()}
-        own = {"steps": self._steps, "loss_scales": scales, **self._rules.state()}
+        own = {
+            "steps": self._steps,
+            "ranks": {slot.name: slot.settled_ranks for slot in self._slots},
+            "history": self._history.state(),
+            "loss_scales": {name: float(layer.loss_scale) for name, layer in layers.items()},
+            **self._rules.state(),
+        }
         return {**self.wrapped.state_dict(), "tdlrt": own}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -202,8 +223,8 @@ class TDLRT(Optimizer):
         Raises
         ------
         ValueError
-            If it is not of this optimizer, or moments do not fit the ranks of the model;
-            nothing is changed then.
+            If it is not of this optimizer, or does not fit the ranks of the model; nothing is
+            changed then.
         """
         if "tdlrt" not in state_dict:
             raise ValueError(
@@ -212,19 +233,22 @@ class TDLRT(Optimizer):
                 "optimizer.wrapped.load_state_dict"
             )
         own = state_dict["tdlrt"]
-        names = {slot.name for slot in self._slots}
-        if set(own["first_ranks"]) != names:
+        try:
+            _check_ranks(self._slots, own["ranks"])
+            steps, rules = int(own["steps"]), self._rules.with_state(own)
+            history = RankHistory.of_state(own["history"])
+            scales = {name: float(scale) for name, scale in own["loss_scales"].items()}
+            _check_shapes(state_dict, self.wrapped, self._slots)
+        except (AttributeError, LookupError, TypeError) as error:
             raise ValueError(
-                f"state_dict: expected the Tucker tensors {sorted(names)}, "
-                f"got {sorted(own['first_ranks'])}"
-            )
-        _check_shapes(state_dict, self.wrapped)
+                f"state_dict: expected what TDLRT.state_dict returns, got {error!r}"
+            ) from error
         self.wrapped.load_state_dict({k: v for k, v in state_dict.items() if k != "tdlrt"})
-        self._steps = int(own["steps"])
-        self._rules = self._rules.with_state(own)
+        self._steps, self._rules, self._history = steps, rules, history
+        self._left = {slot.name: slot.settled_ranks for slot in self._slots}
         for slot in self._slots:
             if slot.layer is not None:
-                slot.layer.loss_scale = own["loss_scales"].get(slot.name, 1.0)
+                slot.layer.loss_scale = scales.get(slot.name, 1.0)
         self._arm()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -269,7 +293,8 @@ class TDLRT(Optimizer):
             )
         loss = None
         with restored_if_it_fails(self, self._slots), torch.no_grad():
-            previous = [_narrow_ranks(slot) for slot in slots]
+            previous = [slot.settled_ranks for slot in slots]
+            self._forget_other_ranks(slots)
             if closure is not None:
                 loss = self._evaluate(torch.enable_grad()(closure), foreign)
             self._check_gradients()
@@ -280,6 +305,8 @@ class TDLRT(Optimizer):
             if self._moves_bases:
                 self._truncate(slots, list(map(_facts, slots, previous, before)))
             self._steps += 1
+            self._left = self.ranks
+            self._history = self._history.after(self._steps, self._left)
             self._arm()
         return loss
 
@@ -364,6 +391,12 @@ class TDLRT(Optimizer):
         if slot.core in self.state:
             self.state[slot.core] = transport(self.state[slot.core])
 
+    def _forget_other_ranks(self, slots: list[Slot]) -> None:
+        """Reset the moments of tensors that were loaded at other ranks, without their optimizer."""
+        for slot in slots:
+            if slot.settled_ranks != self._left[slot.name]:
+                self.state.pop(slot.core, None)
+
     def _check_gradients(self) -> None:
         """Raise NonFiniteError if any gradient that would be used is not finite."""
         parameters = {p: "a gradient" for group in self.param_groups for p in group["params"]}
@@ -388,12 +421,6 @@ def _trained_slots(model: nn.Module, optimizer: Optimizer) -> list[Slot]:
             "found none; call factorize(model) first and build the optimizer on its parameters"
         )
     return slots
-
-
-def _narrow_ranks(slot: Slot) -> tuple[int, ...]:
-    """Return the ranks before a backward pass has extended the bases."""
-    narrow = None if slot.layer is None else slot.layer.narrow
-    return (slot.point if narrow is None else narrow).ranks
 
 
 def _facts(slot: Slot, previous: tuple[int, ...], before: Tensor) -> gt.Facts:
@@ -429,16 +456,36 @@ def _factors_require_grad(slots: list[Slot], required: bool) -> Iterator[None]:
             factor.requires_grad_(flag)
 
 
-def _check_shapes(state_dict: Mapping[str, Any], optimizer: Optimizer) -> None:
+def _check_ranks(slots: Sequence[Slot], saved: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a state was saved at the ranks that the tensors have now."""
+    names = {slot.name for slot in slots}
+    if set(saved) != names:
+        raise ValueError(
+            f"state_dict: expected the Tucker tensors {sorted(names)}, got {sorted(saved)}"
+        )
+    for slot in slots:
+        if tuple(saved[slot.name]) != slot.settled_ranks:
+            raise ValueError(
+                f"state_dict: expected ranks {slot.settled_ranks} of {slot.name!r}, which the "
+                f"model has, got {tuple(saved[slot.name])}; load the model's state_dict of the "
+                "same moment first"
+            )
+
+
+def _check_shapes(
+    state_dict: Mapping[str, Any], optimizer: Optimizer, slots: Sequence[Slot]
+) -> None:
     """Raise ValueError if saved moments do not fit the parameters as they are now."""
+    ranks = {slot.core: slot.settled_ranks for slot in slots}
     current = [p for group in optimizer.param_groups for p in group["params"]]
     saved = [key for group in state_dict["param_groups"] for key in group["params"]]
     for parameter, key in zip(current, saved, strict=False):
+        shape = ranks.get(parameter, tuple(parameter.shape))
         for name, value in state_dict["state"].get(key, {}).items():
-            fits = not torch.is_tensor(value) or value.dim() != parameter.dim()
-            if not fits and value.shape != parameter.shape:
+            if not torch.is_tensor(value) or value.dim() != len(shape) or name in _SUMS:
+                continue
+            if tuple(value.shape) != shape:
                 raise ValueError(
                     f"state_dict: {name} of shape {tuple(value.shape)} does not fit a parameter "
-                    f"of shape {tuple(parameter.shape)}; load the model's state_dict of the same "
-                    "moment first"
+                    f"of shape {shape}; load the model's state_dict of the same moment first"
                 )

@@ -31,12 +31,10 @@ class Rules:
     ----------
     rules : dict of str to RankRule
         The first pattern that matches a tensor's name counts.
-    first : dict of str to tuple of int
-        Ranks of tensors that no pattern names: they stay.
+        Tensors that no pattern names keep the ranks that they have.
     """
 
     rules: dict[str, gt.RankRule]
-    first: dict[str, Ranks]
 
     @classmethod
     def of(cls, ranks: Any, model: nn.Module, slots: Sequence[Slot]) -> "Rules":
@@ -50,25 +48,23 @@ class Rules:
             If it is none of these, or a pattern names no tensor.
         """
         names = [slot.name for slot in slots]
-        first = {slot.name: slot.point.ranks for slot in slots}
         if ranks is not None and not isinstance(ranks, Mapping):
             rule = gt.as_rule(ranks)
             if isinstance(rule, gt.Budget):
                 rule = whole_model(rule, model, {slot.core: slot.point for slot in slots})
-            return cls({"*": rule}, first)
+            return cls({"*": rule})
         rules = {pattern: gt.as_rule(rule) for pattern, rule in (ranks or {}).items()}
         for pattern in rules:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise gt.RankError(
                     f"ranks: the pattern {pattern!r} names none of {', '.join(names)}"
                 )
-        return cls(rules, first)
+        return cls(rules)
 
     def state(self) -> dict[str, Any]:
-        """Return what a schedule needs to go on elsewhere: where budgets began, and ranks."""
+        """Return what a schedule needs to go on elsewhere: where budgets began."""
         budgets = {p: rule for p, rule in self.rules.items() if isinstance(rule, gt.Budget)}
-        starts = {pattern: rule.start for pattern, rule in budgets.items()}
-        return {"first_ranks": self.first, "starts": starts}
+        return {"starts": {pattern: _plain(rule.start) for pattern, rule in budgets.items()}}
 
     def with_state(self, state: Mapping[str, Any]) -> "Rules":
         """Return these rules with a state of theirs."""
@@ -77,16 +73,18 @@ class Rules:
             rule = rules.get(pattern)
             if isinstance(rule, gt.Budget):
                 rules[pattern] = dataclasses.replace(rule, start=start)
-        first = {name: tuple(ranks) for name, ranks in state["first_ranks"].items()}
-        return Rules(rules, first)
+        return Rules(rules)
 
     def in_force(self, step: int, names: Sequence[str]) -> gt.RankRule:
-        """Return one rule for the tensors of these names, as it is at a step."""
+        """Return one rule for the tensors of these names, as it is at a step.
+
+        It needs their previous ranks (`geotucker.Facts`).
+        """
         owners = [next((p for p in self.rules if fnmatchcase(n, p)), None) for n in names]
 
         def rule(spectra: Sequence[gt.Spectrum], /) -> list[Ranks]:
             chosen: dict[int, Ranks] = {
-                i: gt.Fixed(self.first[names[i]])([spectra[i]])[0]
+                i: gt.Fixed(_previous(spectra[i]))([spectra[i]])[0]
                 for i, owner in enumerate(owners)
                 if owner is None
             }
@@ -102,6 +100,16 @@ class Rules:
     def __str__(self) -> str:
         """Show the rules."""
         return ", ".join(f"{pattern}: {rule}" for pattern, rule in self.rules.items()) or "as now"
+
+
+def _previous(spectrum: gt.Spectrum) -> Ranks:
+    assert spectrum.facts.previous is not None
+    return spectrum.facts.previous
+
+
+def _plain(number: Any) -> Any:
+    """Return a number of NumPy as one of Python: pickles with others are not read safely."""
+    return number.item() if isinstance(number, np.generic) else number
 
 
 def whole_model(

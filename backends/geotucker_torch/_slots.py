@@ -34,6 +34,11 @@ class Slot:
         """The tensor as a detached point that shares storage with the parameters."""
         return read_point(self.core, self.factors)
 
+    @property
+    def settled_ranks(self) -> tuple[int, ...]:
+        """The ranks without a lift that no step has used."""
+        return self.point.ranks if self.layer is None else self.layer.settled_ranks
+
     def write(self, point: gt.TuckerPoint) -> None:
         """Put a point of any ranks into the parameters; their gradients are dropped."""
         write_point(self.core, self.factors, point)

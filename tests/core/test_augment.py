@@ -89,7 +89,8 @@ def test_extended_bases_are_orthonormal(backend, dtype, kind):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "kind", ["ordinary", "nearly in the span", "huge", "tiny", "unit vectors", "unit basis", "square"]
+    "kind",
+    ["ordinary", "nearly in the span", "huge", "tiny", "unit vectors", "unit basis", "square"],
 )
 def test_the_basis_itself_is_not_decomposed_again(backend, dtype, kind, monkeypatch):
     # It is the larger part, and Householder's Q of all columns costs the more.

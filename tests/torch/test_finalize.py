@@ -280,8 +280,7 @@ def test_layers_whose_weight_is_read_become_dense() -> None:
         close(plain(x), model(x))
 
 
-def test_layers_of_tensorly_torch_stay() -> None:
-    tltorch = pytest.importorskip("tltorch", reason="tensorly-torch is not installed")
+def test_layers_of_tensorly_torch_stay(tltorch: Any) -> None:
     other = tltorch.FactorizedLinear((2, 4), (3, 4), factorization="tucker", rank=0.5)
     plain = finalize(nn.Sequential(other, TuckerLinear(12, 30, ranks=2)))
     assert type(plain[0]) is type(other)

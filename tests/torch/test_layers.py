@@ -430,9 +430,74 @@ def test_part_of_a_state_loads_only_at_equal_ranks() -> None:
         layer.load_state_dict(same)
 
 
-def test_state_of_a_dense_layer_is_refused() -> None:
+@every_layer
+def test_state_of_a_dense_layer_is_decomposed_at_the_ranks_of_the_layer(
+    layer: TuckerModule,
+) -> None:
+    dense = layer.to_dense()
+    target, expected = resized(layer, 2), type(layer).from_dense(dense, 2)
+    model, state = nn.Sequential(target), nn.Sequential(dense).state_dict()
+    objects = dict(model.named_parameters())
+    keys = list(state)
+    result = model.load_state_dict(state)
+    assert not result.missing_keys and list(state) == keys
+    assert all(objects[name] is p for name, p in model.named_parameters())
+    assert [p.requires_grad for p in target.factors] == [False] * len(target.factors)
+    close(target.dense_weight(), expected.dense_weight())
+    if dense.bias is not None:
+        assert torch.equal(target.bias, dense.bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_of_a_dense_layer_is_assigned_to_a_layer_without_data(dtype: torch.dtype) -> None:
+    dense = nn.Linear(6, 5, dtype=dtype)
+    target = TuckerLinear(6, 5, ranks=5, device="meta")
+    target.load_state_dict(dense.state_dict(), assign=True)
+    assert {p.dtype for p in target.parameters()} == {dtype}
+    assert [p.requires_grad for p in target.factors] == [False] * 2
+    rounding = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(target.dense_weight(), dense.weight, rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.ones(6, 5), r"size mismatch for weight: .*\[6, 5\]\) from .*\[5, 6\]\)"),
+        (torch.full((5, 6), float("nan")), "While decomposing weight: .*NaN"),
+        (torch.ones(5, 6, device="meta"), "While decomposing weight: .*without values"),
+    ],
+)
+def test_a_dense_weight_that_does_not_fit_changes_nothing(weight: Tensor, message: str) -> None:
+    layer = TuckerLinear(6, 5, ranks=2)
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(RuntimeError, match=message):
+        layer.load_state_dict({"weight": weight, "bias": torch.ones(5)})
+    for name, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_a_dense_weight_beside_a_core_is_unexpected() -> None:
+    layer = TuckerLinear(6, 5, ranks=2)
+    state = {**layer.state_dict(), "weight": torch.ones(5, 6)}
     with pytest.raises(RuntimeError, match=r'Unexpected key.*"weight"'):
-        TuckerLinear(6, 5).load_state_dict(nn.Linear(6, 5).state_dict())
+        layer.load_state_dict(state)
+    assert layer.load_state_dict(state, strict=False).unexpected_keys == ["weight"]
+
+
+def test_the_state_amid_a_step_is_that_from_before_the_lift() -> None:
+    model = nn.Sequential(TuckerLinear(10, 8, ranks=2))
+    before = copy.deepcopy(model.state_dict())
+    model[0].armed = True
+    model(torch.randn(4, 10)).sum().backward()
+    assert model[0].core.shape == (4, 4)
+    state = model.state_dict()
+    assert list(state) == list(before)
+    assert all(torch.equal(state[name], before[name]) for name in before)
+    kept = model.state_dict(keep_vars=True)
+    assert all(kept[name] is p for name, p in model.named_parameters())
+    with torch.no_grad():
+        model[0].core += 1.0  # by hand: that is to be seen
+    assert model.state_dict()["0.core"].shape == (4, 4)
 
 
 def test_extra_parameters_of_a_subclass_load_as_usual() -> None:

@@ -444,8 +444,21 @@ def test_loading_a_wrong_state_changes_nothing():
     with pytest.raises(ValueError, match="expected an entry 'tdlrt'"):
         optimizer.load_state_dict(optimizer.wrapped.state_dict())
     other = copy.deepcopy(before)
-    other["tdlrt"]["first_ranks"] = {"x": (1, 1)}
+    other["tdlrt"]["ranks"] = {"x": (1, 1)}
     with pytest.raises(ValueError, match="expected the Tucker tensors"):
+        optimizer.load_state_dict(other)
+    other = copy.deepcopy(before)
+    other["tdlrt"]["ranks"]["3"] = (2, 2)
+    with pytest.raises(ValueError, match=r"expected ranks \(4, 4\) of '3'.* got \(2, 2\)"):
+        optimizer.load_state_dict(other)
+    for entry in before["tdlrt"]:
+        other = copy.deepcopy(before)
+        del other["tdlrt"][entry]
+        with pytest.raises(ValueError, match=f"what TDLRT.state_dict returns, got .*{entry}"):
+            optimizer.load_state_dict(other)
+    other = copy.deepcopy(before)
+    other["param_groups"][0]["params"].append(99)
+    with pytest.raises(ValueError, match="parameter group"):
         optimizer.load_state_dict(other)
     other = copy.deepcopy(before)
     other["state"][0]["exp_avg"] = torch.zeros(1, 1, 1, 1)

@@ -4,23 +4,18 @@ import subprocess
 import sys
 
 import pytest
-import tensorly as tl
 import torch
 from torch import nn
 
 import geotucker as gt
 from geotucker.testing import check_orthonormal
-from geotucker_torch import TDLRT, factorize
-
-
-@pytest.fixture
-def tltorch():
-    """tensorly-torch, with TensorLy's backend put back afterwards (its import switches it)."""
-    before = tl.get_backend()
-    module = pytest.importorskip("tltorch", reason="tensorly-torch is not installed")
-    tl.set_backend("pytorch")  # its layers need it at run time
-    yield module
-    tl.set_backend(before)
+from geotucker_torch import (
+    TDLRT,
+    CheckpointError,
+    factorize,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 
 def layers(tltorch):
@@ -121,3 +116,43 @@ def test_the_binding_leaves_the_backend_alone():
     )
     path = f"import sys; sys.path[:0] = {[p for p in sys.path if p]!r}\n"
     subprocess.run([sys.executable, "-c", path + script], check=True)
+
+
+@pytest.mark.parametrize("name", ["factorized conv", "reconstructed conv", "linear", "regression"])
+def test_a_training_at_changed_ranks_goes_on_from_a_checkpoint(tltorch, name, tmp_path):
+    def build():
+        layer, shape = layers(tltorch)[name]
+        adam = torch.optim.Adam(layer.parameters(), 0.01)
+        return layer, TDLRT(adam, layer, gt.Fixed(1)), shape
+
+    def advance(layer, optimizer, shape, seeds):
+        for seed in seeds:
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+            def closure():
+                optimizer.zero_grad()
+                loss = (layer(x) - 1.0).square().mean()
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+
+    unbroken = build()
+    start = unbroken[1].ranks
+    advance(*unbroken, range(4))
+    assert unbroken[1].ranks != start
+    save_checkpoint(tmp_path / "file", *unbroken[:2])
+    advance(*unbroken, range(4, 8))
+    resumed = build()
+    ranked = [(m, m.rank) for m in resumed[0].modules() if hasattr(m, "rank")]
+    before = [p.detach().clone() for p in resumed[0].parameters()]
+    resumed[0].register_buffer("more", torch.ones(1))
+    with pytest.raises(CheckpointError, match=r"Missing key.*more"):
+        load_checkpoint(tmp_path / "file", resumed[0])
+    del resumed[0].more
+    assert all(m.rank == rank for m, rank in ranked)
+    assert all(map(torch.equal, resumed[0].parameters(), before))
+    load_checkpoint(tmp_path / "file", *resumed[:2])
+    advance(*resumed, range(4, 8))
+    assert resumed[1].ranks == unbroken[1].ranks
+    assert all(map(torch.equal, resumed[0].parameters(), unbroken[0].parameters()))

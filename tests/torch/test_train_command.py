@@ -376,10 +376,10 @@ def test_layers_that_would_not_shrink_are_named() -> None:
 
 
 def test_a_full_disk_ends_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(_run, "save_tree", full)
+    monkeypatch.setattr(_run, "save_checkpoint", full)
     result = run(*QUICK, "--quiet")
     assert result.exit_code == 1
     assert result.stderr.splitlines() == ["geotucker train: [Errno 28] No space left on device"]

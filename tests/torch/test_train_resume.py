@@ -90,7 +90,7 @@ def in_child(action: Callable[[], int], seconds: float | None = None) -> bool:
 
 def kill_at(moment: int) -> None:
     """Arm this process: it dies at the given one of the moments at which a file is written."""
-    from geotucker_torch._train import _files
+    from geotucker_torch import _files
 
     count = 0
 

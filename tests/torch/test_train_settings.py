@@ -1,16 +1,12 @@
-"""Options, ranks, models and the checkpoint file of the train command."""
+"""Options, ranks and models of the train command."""
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 import torch
 
-from geotucker_torch._train import _files
-from geotucker_torch._train._checkpoint import load_tree, save_tree
 from geotucker_torch._train._config import Config
-from geotucker_torch._train._errors import OptionError, ResumeError
+from geotucker_torch._train._errors import OptionError
 from geotucker_torch._train._models import MODELS, build
 from geotucker_torch._train._ranks import parse_ranks
 
@@ -125,84 +121,3 @@ def test_lenet5_has_the_published_size() -> None:
 def test_images_too_small_for_a_model_are_an_error() -> None:
     with pytest.raises(OptionError, match=r"--model: got lenet5, expected one that takes 8x8"):
         build("lenet5", 1, 8, 10)
-
-
-TREE = {
-    "model": {"fc1.core": torch.arange(6.0).reshape(2, 3).T, "empty": torch.empty(0)},
-    "optimizer": {
-        "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(2, dtype=torch.float64)}},
-        "param_groups": [{"lr": 0.1, "betas": (0.9, 0.999), "foreach": None, "params": [0]}],
-    },
-    "random": torch.get_rng_state(),
-    "flag": True,
-    "name": "ä",
-    "third": 1 / 3,
-}
-
-
-def assert_same(a: object, b: object) -> None:
-    """Compare trees exactly, types included."""
-    assert type(a) is type(b)
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert list(a) == list(b)
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for left, right in zip(a, b, strict=True):
-            assert_same(left, right)
-    else:
-        assert a == b
-
-
-def test_checkpoint_comes_back_exactly(tmp_path: Path) -> None:
-    save_tree(tmp_path / "checkpoint", TREE)
-    assert_same(load_tree(tmp_path / "checkpoint"), TREE)
-
-
-def test_shared_tensors_are_saved_apart(tmp_path: Path) -> None:
-    tensor = torch.arange(4.0)
-    save_tree(tmp_path / "checkpoint", {"a": tensor, "b": tensor[:2]})
-    back = load_tree(tmp_path / "checkpoint")
-    assert back["b"].untyped_storage().nbytes() == 8
-
-
-@pytest.mark.parametrize(
-    "bad", [object(), {1.5: 0}, {"a": {("x",): 1}}, {1: torch.ones(1), "1": torch.ones(1)}]
-)
-def test_what_cannot_be_saved_is_an_error(bad: object, tmp_path: Path) -> None:
-    with pytest.raises(TypeError):
-        save_tree(tmp_path / "checkpoint", bad)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("content", [b"", b"not safetensors", None])
-def test_a_damaged_checkpoint_is_an_error(content: bytes | None, tmp_path: Path) -> None:
-    path = tmp_path / "checkpoint"
-    save_tree(path, TREE)
-    path.write_bytes(path.read_bytes()[:-10] if content is None else content)
-    with pytest.raises(ResumeError, match="not a whole checkpoint"):
-        load_tree(path)
-
-
-@pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_write_that_fails_leaves_the_old_file(
-    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "file"
-    _files.write_atomically(path, b"old")
-
-    def fail(*_: object) -> None:
-        raise OSError("disk full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, call, fail)
-        with pytest.raises(OSError, match="disk full"):
-            _files.write_atomically(path, b"new content")
-    assert path.read_bytes() == b"old"
-    _files.write_atomically(path, b"new")
-    assert path.read_bytes() == b"new"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]

@@ -90,9 +90,8 @@ class Network:
         self.random_state = _random_state()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that is needed to go on from here, bit by bit the same."""
+        """Return all that is needed to go on from here, bit by bit the same, but for the model."""
         return {
-            "model": dict(self.model.state_dict()),
             "optimizer": self.optimizer.state_dict(),
             "order": self.order.state_dict(),
             "random_state": self.random_state,
@@ -101,8 +100,7 @@ class Network:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to a saved state."""
-        self.model.load_state_dict(state["model"])
+        """Go back to a saved state; the model is there already."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.order.load_state_dict(state["order"])
         self.random_state = state["random_state"]

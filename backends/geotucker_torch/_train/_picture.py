@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
-from ._files import write_atomically
+from .._files import write_atomically
 from ._networks import tucker_layers
 from ._progress import label
 from ._run import Run

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
-from ._checkpoint import load_tree, save_tree
+from .._checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from .._files import write_atomically
 from ._config import Config
 from ._data import DataSet, load
 from ._errors import DivergedError, ResumeError, RunError
 from ._fetch import data_folder
-from ._files import write_atomically
 from ._loop import evaluate, learning_rate, train_epoch
 from ._networks import Network, build_networks
 
@@ -195,25 +196,29 @@ def read_config(folder: Path) -> Config:
 
 def _save(run: Run) -> None:
     """Write a checkpoint that replaces the last one."""
-    state = {
-        "networks": {network.name: network.state_dict() for network in run.networks},
-        "metrics": run.metrics,
-    }
-    save_tree(run.folder / CHECKPOINT, state)
+    networks = {network.name: network.state_dict() for network in run.networks}
+    save_checkpoint(run.folder / CHECKPOINT, _models(run), networks=networks, metrics=run.metrics)
 
 
 def _restore(run: Run) -> None:
     """Go back to the last checkpoint, if there is one yet."""
     path = run.folder / CHECKPOINT
-    if not path.exists():
-        return
-    state = load_tree(path)
     try:
+        extra = load_checkpoint(path, _models(run))
         for network in run.networks:
-            network.load_state_dict(state["networks"][network.name])
-        run.metrics = state["metrics"]
+            network.load_state_dict(extra["networks"][network.name])
+        run.metrics = extra["metrics"]
+    except FileNotFoundError:
+        return
+    except CheckpointError as error:
+        raise ResumeError(str(error)) from error
     except (KeyError, RuntimeError, ValueError) as error:
         raise ResumeError(f"{path}: does not fit the settings in {CONFIG} ({error})") from error
+
+
+def _models(run: Run) -> nn.Module:
+    """Return the models of all networks as one, for one file and one rename."""
+    return nn.ModuleDict({network.name: network.model for network in run.networks})
 
 
 def _write_metrics(run: Run) -> None:

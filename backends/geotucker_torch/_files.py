@@ -11,7 +11,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
     The data goes to a hidden file beside the target, down to the disk, and then takes the
     target's name: a reader sees the old content or the new, and a killed process leaves at
-    most the hidden file, which the next write overwrites.
+    most the hidden file, which the next write overwrites. A link stays a link.
 
     Parameters
     ----------
@@ -33,6 +33,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     >>> target.read_bytes()
     b'{}'
     """
+    path = path.resolve()
     partial = path.with_name(f".{path.name}.part")
     with open(partial, "wb") as file:
         file.write(data)
