@@ -15,6 +15,7 @@ from ._finalize import finalize
 from ._inference import optimize_for_inference
 from ._layers import TuckerConv1d, TuckerConv2d, TuckerConv3d, TuckerLinear, TuckerModule
 from ._optimizer import TDLRT
+from ._tensor_linear import TuckerTensorLinear
 from ._weights import dense_state_dict, load_weights
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "TuckerConv3d",
     "TuckerLinear",
     "TuckerModule",
+    "TuckerTensorLinear",
     "dense_state_dict",
     "densify",
     "factorize",

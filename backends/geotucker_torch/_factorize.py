@@ -30,6 +30,7 @@ from ._modules import (
     selector,
 )
 from ._rules import whole_model
+from ._tensor_linear import Split, TuckerTensorLinear, split_of
 
 __all__ = ["Factorization", "FactorizedLayer", "densify", "factorize", "plan"]
 
@@ -120,6 +121,7 @@ def plan(
     types: Iterable[type[nn.Module]] = _TYPES,
     include: Selection = None,
     exclude: Selection = None,
+    tensorise: Any = None,
 ) -> Factorization:
     """Say what `factorize` would do, without changing the model.
 
@@ -141,8 +143,8 @@ def plan(
     2 of 2 layers                              7,090  2,138  30.2 %
     whole model                                7,090  2,138  30.2 %
     """
-    candidates = _survey(model, ranks, types, include, exclude)
-    return _summary(model, candidates, (ranks, include, exclude))
+    candidates = _survey(model, ranks, types, include, exclude, tensorise)
+    return _summary(model, candidates, (ranks, include, exclude, tensorise))
 
 
 def factorize(
@@ -152,6 +154,7 @@ def factorize(
     types: Iterable[type[nn.Module]] = _TYPES,
     include: Selection = None,
     exclude: Selection = None,
+    tensorise: Any = None,
     rescale: bool | None = None,
     verbose: bool = True,
 ) -> _Model | TuckerModule:
@@ -180,6 +183,13 @@ def factorize(
         Which layers: patterns with the wildcards of `fnmatch` for the dotted name, or a
         predicate ``(name, module) -> bool``. Default: all, and none. A shared layer is
         matched if one of its names is.
+    tensorise : int, pair, or mapping from pattern to one of these, optional
+        Linear layers whose matrix is reshaped to a tensor of higher order and become a
+        `TuckerTensorLinear`: into how many factors, as near to one another as can be, the sizes of
+        output and input are split, or a pair ``(out_shape, in_shape)`` of such numbers or of
+        shapes, say ``((10, 80), (20, 25))`` for 800 and 500. In a mapping the first pattern that
+        matches a name counts. A layer that no pattern names, or whose sizes are prime, stays a
+        matrix; so do all by default.
     rescale : bool, optional
         Whether truncated weights are scaled up towards the norm of the dense ones instead of
         being the nearest to them. By default those are that are untrained: the HOSVD of noise
@@ -208,8 +218,8 @@ def factorize(
     >>> model[2].ranks
     (12, 12, 3, 3)
     """
-    candidates = _survey(model, ranks, types, include, exclude)
-    summary = _summary(model, candidates, (ranks, include, exclude))
+    candidates = _survey(model, ranks, types, include, exclude, tensorise)
+    summary = _summary(model, candidates, (ranks, include, exclude, tensorise))
     successors = {c.module: c.successor(rescale) for c in candidates if c.ranks is not None}
     if verbose:
         print(summary)
@@ -256,9 +266,13 @@ class _Candidate:
     ranks: tuple[int, ...] | None = None
     point: gt.TuckerPoint | None = None
     reason: str = ""
+    # what the weight is reshaped to, if it is
+    split: Split | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
+        if self.split is not None:
+            return (*self.split[0], *self.split[1])
         weight = self.module._parameters.get("weight")
         return () if weight is None or nn.parameter.is_lazy(weight) else tuple(weight.shape)
 
@@ -273,12 +287,16 @@ class _Candidate:
 
     def successor(self, rescale: bool | None) -> TuckerModule:
         """Build the layer that takes the place of this one."""
-        kind = _TUCKER[type(self.module)]
+        kind: Any = _TUCKER[type(self.module)]
+        shapes: dict[str, Any] = {}
+        if self.split is not None:
+            kind = TuckerTensorLinear
+            shapes = {"out_shape": self.split[0], "in_shape": self.split[1]}
         if self.point is not None:
-            return kind._from_point(self.module, self.point, rescale)
+            return kind._from_point(self.module, self.point, rescale, **shapes)
         assert self.ranks is not None
         with _blamed_on(self):
-            return kind.from_dense(self.module, self.ranks, rescale=rescale)
+            return kind.from_dense(self.module, self.ranks, rescale=rescale, **shapes)
 
 
 def _survey(
@@ -287,12 +305,13 @@ def _survey(
     types: Iterable[type[nn.Module]],
     include: Selection,
     exclude: Selection,
+    tensorise: Any,
 ) -> list[_Candidate]:
     """Find all layers of the wanted types and decide about each."""
     check_model(model)
     kinds = _checked_types(types)
     included, excluded = selector("include", include, True), selector("exclude", exclude, False)
-    rules = _checked_rules(ranks)
+    rules, splits = _checked_rules(ranks), _checked_splits(tensorise)
     owners = _owners(model)
     candidates = _candidates(model, kinds)
     wanted: dict[str, list[_Candidate]] = {pattern: [] for pattern in rules}
@@ -308,6 +327,7 @@ def _survey(
         else:
             candidate.reason = _obstacle(module, kinds, owners)
             if not candidate.reason:
+                candidate.split = _split(candidate, splits)
                 wanted[patterns[0]].append(candidate)
     for pattern, chosen in wanted.items():
         if isinstance(ranks, gt.Budget):
@@ -334,9 +354,22 @@ def _share(candidates: list[_Candidate], budget: gt.Budget, model: nn.Module) ->
         pairs = shrinking
 
 
+def _split(candidate: _Candidate, splits: Mapping[str, Any]) -> Split | None:
+    """Return what a layer is reshaped to, by the first pattern that names it."""
+    if type(candidate.module) is not nn.Linear:
+        return None
+    named = (p for p in splits if any(fnmatchcase(name, p) for name in candidate.names))
+    pattern = next(named, None)
+    if pattern is None:
+        return None
+    with _blamed_on(candidate):
+        split = split_of(tuple(candidate.module.weight.shape), splits[pattern])
+    return split if len(split[0]) + len(split[1]) > 2 else None
+
+
 def _decomposed(candidate: _Candidate, rule: gt.RankRule) -> gt.TuckerPoint:
     with _blamed_on(candidate):
-        return decompose(candidate.module.weight, rule)
+        return decompose(candidate.module.weight.reshape(candidate.shape), rule)
 
 
 def _decide(candidates: list[_Candidate], rule: gt.RankRule) -> None:
@@ -475,6 +508,20 @@ def _checked_rules(ranks: Any) -> dict[str, gt.RankRule]:
             raise TypeError(f"ranks: expected patterns (str) as keys, got {pattern!r}")
         rules[pattern] = gt.as_rule(rule)
     return rules
+
+
+def _checked_splits(tensorise: Any) -> dict[str, Any]:
+    """Return the requests to tensorise by pattern, in their order; their sizes are not checked."""
+    requests = tensorise if isinstance(tensorise, Mapping) else {"*": tensorise}
+    for pattern, wanted in requests.items():
+        number = isinstance(wanted, int) and not isinstance(wanted, bool)
+        known = number or isinstance(wanted, (tuple, list)) or wanted is None
+        if not isinstance(pattern, str) or not known:
+            raise TypeError(
+                "tensorise: expected a number of factors, a pair (out_shape, in_shape), or a "
+                f"mapping from patterns (str) to these, got {tensorise!r}"
+            )
+    return {pattern: wanted for pattern, wanted in requests.items() if wanted is not None}
 
 
 def _patterns(selection: Any) -> list[str]:

@@ -15,6 +15,8 @@ from ._layers import TuckerLinear, TuckerModule
 from ._modules import Selection, check_model, replaced, selector
 from ._plain import obstacle, plain_module, settled_copy, tucker_layers, weight_readers
 from ._plan import CONTRACTIONS, Contraction, Sizes, folded_flops
+from ._tensor_linear import TuckerTensorLinear
+from ._tensor_plain import plain_operations, plain_parameters
 
 __all__ = ["finalize"]
 
@@ -27,7 +29,7 @@ def finalize(model: nn.Module, *, cost: Cost = "parameters", dense: Selection = 
     """Return a copy with plain ``torch.nn`` modules in place of the Tucker layers.
 
     Each Tucker layer becomes an ``nn.Sequential`` of two or three small layers, or one dense
-    layer where that costs no more. The result needs this package neither to be loaded nor to
+    layer where that costs no more; a tensorised one becomes a ``torch.fx.GraphModule``. The result needs this package neither to be loaded nor to
     run: it can be pickled, traced, compiled, quantised, and exported to ONNX like any other.
 
     Parameters
@@ -95,6 +97,9 @@ def finalize(model: nn.Module, *, cost: Cost = "parameters", dense: Selection = 
 
 def _cheapest(layer: TuckerModule, cost: Cost) -> Contraction:
     """Return the order of least cost; of several that of the fewest layers."""
+    if isinstance(layer, TuckerTensorLinear):
+        count = plain_parameters if cost == "parameters" else plain_operations
+        return min(reversed(CONTRACTIONS), key=lambda order: count(layer, order))
     (out, in_), (out_rank, in_rank) = layer.shape[:2], layer.ranks[:2]
     sizes = Sizes(out, in_, out_rank, in_rank, batch=1, kernel=math.prod(layer.shape[2:]))
     if not isinstance(layer, TuckerLinear):

@@ -16,6 +16,7 @@ from ._lift import Extension, lifting
 from ._maps import ConvMap, LinearMap
 from ._plan import Sizes
 from ._point import own_parameter, read_point, write_point
+from ._tensor_plan import TensorSizes
 
 __all__ = [
     "TuckerConv1d",
@@ -73,7 +74,9 @@ class TuckerModule(nn.Module):
     lifted_norm: Tensor | None
     _lifted_version: int
     # Of the last pass that could extend the bases.
-    sizes: Sizes | None
+    sizes: Sizes | TensorSizes | None
+    # How many of the modes, from the first, are the output's.
+    out_modes: int
 
     def __init__(
         self,
@@ -82,11 +85,13 @@ class TuckerModule(nn.Module):
         bias: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
+        out_modes: int = 1,
     ) -> None:
         sizes = _ranks_for(ranks, shape)
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype: expected a real floating dtype, got {dtype}")
         super().__init__()
+        self.out_modes = out_modes
         self.armed, self.extension, self.loss_scale = False, Extension(), 1.0
         self.narrow, self.right, self.lifted_norm, self.sizes = None, None, None, None
         self._lifted_version = 0
@@ -97,7 +102,7 @@ class TuckerModule(nn.Module):
             for n, r in zip(shape, sizes, strict=True)
         )
         self.register_parameter(
-            "bias", nn.Parameter(torch.empty(shape[0], **like)) if bias else None
+            "bias", nn.Parameter(torch.empty(self.weight_shape[0], **like)) if bias else None
         )
         self.reset_parameters()
 
@@ -115,7 +120,7 @@ class TuckerModule(nn.Module):
         if self.core.is_meta:
             return
         shape = self.shape
-        fan_in = math.prod(shape[1:])
+        fan_in = math.prod(self.weight_shape[1:])
         for factor in self.factors:
             wide = torch.promote_types(factor.dtype, torch.float32)  # half has no QR
             gaussian = torch.randn(factor.shape, dtype=wide, device=factor.device)
@@ -180,11 +185,12 @@ class TuckerModule(nn.Module):
         layer: nn.Module,
         point: gt.TuckerPoint,
         rescale: bool | None = False,
+        **arguments: Any,
     ) -> _Layer:
-        """Build the layer with the options of a dense layer and the weight of a point."""
+        """Build the layer with the options of a dense layer, or others, and a point's weight."""
         weight = cls._weight_of(layer)
         point = rescaled(point, weight, rescale)
-        arguments = {name: getattr(layer, name) for name in cls._options}
+        arguments = arguments or {name: getattr(layer, name) for name in cls._options}
         bias: Any = layer.bias
         # On the meta device nothing is drawn: the state of the random generators stays.
         new = cls(**arguments, ranks=1, bias=bias is not None, device="meta")
@@ -223,7 +229,13 @@ class TuckerModule(nn.Module):
         # Who has written into a lifted core by hand wants to see it used.
         extends = self.armed or (self.narrow is not None and self._untouched)
         if extends and self.core.requires_grad and torch.is_grad_enabled():
-            return lifting(self, x)
+            return self._lifting(x)
+        return self._contract(x)
+
+    def _lifting(self, x: Tensor) -> Tensor:
+        return lifting(self, x)
+
+    def _contract(self, x: Tensor) -> Tensor:
         return contract(self.map, x, self.core, list(self.factors), self.bias)
 
     @property
@@ -254,7 +266,7 @@ class TuckerModule(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """Return W in full, differentiable in core and factors, formed in float32 at least."""
-        return dense_weight(self.core, list(self.factors))
+        return dense_weight(self.core, list(self.factors)).reshape(self.weight_shape)
 
     @property
     def weight(self) -> Tensor:
@@ -266,8 +278,13 @@ class TuckerModule(nn.Module):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape (n_1, ..., n_d) of the weight."""
+        """Shape (n_1, ..., n_d) of the weight as a tensor."""
         return tuple(factor.shape[0] for factor in self.factors)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the dense layer's weight."""
+        return self.shape
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -416,10 +433,11 @@ class TuckerModule(nn.Module):
 
     def _decomposed(self, key: str, weight: Tensor) -> gt.TuckerPoint:
         """Decompose a dense weight at the layer's ranks; ValueError if that cannot be done."""
-        if tuple(weight.shape) != self.shape:
-            raise ValueError(_size_mismatch(key, weight.shape, torch.Size(self.shape)))
+        if tuple(weight.shape) != self.weight_shape:
+            raise ValueError(_size_mismatch(key, weight.shape, torch.Size(self.weight_shape)))
         try:
-            return rescaled(decompose(weight, self.settled_ranks), weight)
+            point = decompose(weight.reshape(self.shape), self.settled_ranks)
+            return rescaled(point, weight)
         except gt.GeotuckerError as error:
             raise ValueError(f"While decomposing {key}: {error}") from error
 

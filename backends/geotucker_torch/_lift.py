@@ -24,7 +24,7 @@ factor is folded into the kernel) are ``G_i Q_i``, from the kernel's gradient.
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ from ._plan import cheapest
 if TYPE_CHECKING:
     from ._layers import TuckerModule
 
-__all__ = ["Extension", "lifting"]
+__all__ = ["Extension", "Gradients", "accumulate", "extended", "lifting"]
 
 # Projected inputs of more entries are computed again in backward (a twelfth of a step's work)
 # rather than kept: with them a network would need more memory than the dense one.
@@ -123,48 +123,95 @@ class _Lifting(torch.autograd.Function):
             if order.project_output:
                 h = layer_map.project_output(g, _cast(ctx.point.factors[0], dtype))
             dx, grad_k_in = _input_gradients(ctx, h)
-            gradient = _lift(ctx, g, h, grad_k_in)
+            gradient = extended(layer, ctx.point, _Known(ctx, g, h, grad_k_in))
             if gradient is None:  # not to be lifted, or lifted by a pass at another point
                 bases = [_cast(factor.data, dtype) for factor in layer.factors]
                 gradient = core_gradient(layer_map, ctx.rows, g, bases)
-            gradient = gradient.to(layer.core.dtype)
-            layer.core.grad = gradient if layer.core.grad is None else layer.core.grad + gradient
+            accumulate(layer, gradient)
             bias = layer_map.bias_gradient(g) if ctx.needs_input_grad[2] else None
         if bias is not None:
             bias = bias.to(layer.bias.dtype)
         return None if dx is None else dx.to(ctx.x.dtype), None, bias, None
 
 
-def _lift(ctx: Any, g: Tensor, h: Tensor, grad_k_in: Tensor | None) -> Tensor | None:
+def accumulate(layer: "TuckerModule", gradient: Tensor) -> None:
+    """Add to the gradient of the core."""
+    gradient = gradient.to(layer.core.dtype)
+    layer.core.grad = gradient if layer.core.grad is None else layer.core.grad + gradient
+
+
+class Gradients(Protocol):
+    """What a backward pass knows of the gradient at its point, each computed when it is asked."""
+
+    def directions(self) -> list[Tensor]:
+        """Return the ``grad_{K_i} L`` of all modes; of modes whose basis is complete, nothing."""
+        ...
+
+    def right(self) -> list[Tensor | None]:
+        """Return the Q_i of ``Mat_i(C)^T = Q_i S_i^T`` of the incomplete modes."""
+        ...
+
+    def core(self) -> Tensor:
+        """Return the gradient of the core in the bases of the point."""
+        ...
+
+    def wide_core(self, bases: Sequence[Tensor]) -> Tensor:
+        """Return it in wider bases."""
+        ...
+
+
+def extended(layer: "TuckerModule", narrow: gt.TuckerPoint, known: Gradients) -> Tensor | None:
     """Extend the bases if the layer is armed; return the gradient of the core in wide bases.
 
-    None where the bases are not an extension of those of the forward pass.
+    None where the bases are not an extension of those of the forward pass, at `narrow`.
     """
-    layer, narrow, extension = ctx.layer, ctx.point, ctx.layer.extension
+    extension = layer.extension
     armed = layer.armed and _same(narrow, layer.point)
     if not armed and not (layer.narrow is not None and _same(narrow, layer.narrow)):
         return None
-    kernel = cache(lambda: _kernel_gradient(ctx, h))
     directions: list[Tensor] = []
     if armed or not extension.galerkin:
-        directions = _directions(ctx, g, grad_k_in, kernel)
+        directions = known.directions()
     if armed:
         if not all_finite(directions):
             return None
-        moved = _with_drift(directions, extension.drift, layer.loss_scale)
-        layer.lift(moved, [gauged and _ops.unfold(gauged[0], i).T for i, gauged in _gauges(ctx)])
+        layer.lift(_with_drift(directions, extension.drift, layer.loss_scale), known.right())
     wide = layer.point
     if extension.galerkin:
-        bases = [_cast(u, ctx.dtype) for u in wide.factors]
-        known = h if ctx.order.project_output else None, ctx.a if ctx.order.project_input else None
-        core = core_gradient(layer.map, ctx.rows, g, bases, known, narrow.ranks)
-        core = core.to(narrow.core.dtype)
+        core = known.wide_core(wide.factors).to(narrow.core.dtype)
     else:
-        tangent = gt.TuckerTangent(_seen(ctx, kernel()), tuple(directions))
+        tangent = gt.TuckerTangent(known.core(), tuple(directions))
         core = tangent_core(narrow, wide, tangent, layer.right)
     if armed:
         layer.lifted_norm = core.abs().amax()  # squares of a scaled loss's gradient may overflow
     return core
+
+
+class _Known:
+    """The `Gradients` of a chain, from what its backward pass has formed on the way."""
+
+    def __init__(self, ctx: Any, g: Tensor, h: Tensor, grad_k_in: Tensor | None) -> None:
+        self.ctx, self.g, self.h, self.grad_k_in = ctx, g, h, grad_k_in
+        self._kernel = cache(lambda: _kernel_gradient(ctx, h))
+
+    def directions(self) -> list[Tensor]:
+        """See `Gradients`."""
+        return _directions(self.ctx, self.g, self.grad_k_in, self._kernel)
+
+    def right(self) -> list[Tensor | None]:
+        """See `Gradients`."""
+        return [gauged and _ops.unfold(gauged[0], mode).T for mode, gauged in _gauges(self.ctx)]
+
+    def core(self) -> Tensor:
+        """See `Gradients`."""
+        return _seen(self.ctx, self._kernel())
+
+    def wide_core(self, bases: Sequence[Tensor]) -> Tensor:
+        """See `Gradients`."""
+        ctx, h = self.ctx, self.h
+        cast = [_cast(basis, ctx.dtype) for basis in bases]
+        known = h if ctx.order.project_output else None, ctx.a if ctx.order.project_input else None
+        return core_gradient(ctx.layer.map, ctx.rows, self.g, cast, known, ctx.point.ranks)
 
 
 def _with_drift(

@@ -18,10 +18,12 @@ from ._layers import TuckerConv1d, TuckerConv2d, TuckerConv3d, TuckerLinear, Tuc
 from ._modules import has_hooks
 from ._plan import Contraction
 from ._point import own_parameter
+from ._tensor_linear import TuckerTensorLinear
+from ._tensor_plain import plain_tensor_linear
 
 __all__ = ["obstacle", "parts", "plain_module", "settled_copy", "tucker_layers", "weight_readers"]
 
-_KNOWN = (TuckerLinear, TuckerConv1d, TuckerConv2d, TuckerConv3d)
+_KNOWN = (TuckerLinear, TuckerConv1d, TuckerConv2d, TuckerConv3d, TuckerTensorLinear)
 
 
 # Layers
@@ -51,9 +53,11 @@ def plain_module(layer: TuckerModule, order: Contraction) -> nn.Module:
     Returns
     -------
     nn.Module
-        A layer of the dense type, or an ``nn.Sequential`` of two or three, in the layer's mode.
-        Weights ask for gradients if the core does. It shares nothing with the layer.
+        A layer of the dense type, or an ``nn.Sequential`` of two or three, in the layer's mode; of
+        a tensorised layer a module of torch.fx instead, as no chain of layers permutes axes. Weights ask for gradients if the core does. It shares nothing with the layer.
     """
+    if isinstance(layer, TuckerTensorLinear):
+        return plain_tensor_linear(layer, order)
     u_out, u_in = layer.factors[0], layer.factors[1]
     groups = getattr(layer, "groups", 1)
     sampling, options = _options(layer, order)

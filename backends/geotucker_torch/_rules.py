@@ -17,6 +17,7 @@ from geotucker._ranks import in_force
 from ._layers import TuckerModule
 from ._plan import CONTRACTIONS, Sizes, both_folded, flops, folded_flops
 from ._slots import Slot
+from ._tensor_plan import TensorSizes, price
 
 __all__ = ["Rules", "flops_of", "whole_model"]
 
@@ -174,6 +175,8 @@ def flops_of(layer: TuckerModule | None) -> gt.Cost | None:
     """Return the price of a layer's forward pass for one sample of the last training input."""
     if layer is None or layer.sizes is None:
         return None
+    if isinstance(layer.sizes, TensorSizes):
+        return price(layer.sizes)
     sizes: Sizes = layer.sizes
     *chains, dense = CONTRACTIONS
 

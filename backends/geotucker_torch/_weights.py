@@ -77,7 +77,13 @@ def load_weights(
     """
     check_model(model)
     state = _copied(state_dict)
-    _to_dense(state, [prefix for prefix in _tucker_prefixes(state) if _is_dense(model, prefix)])
+    for prefix in _tucker_prefixes(state):
+        weight = _dense_weight_of(model, prefix)
+        if weight is not None:
+            _to_dense(state, [prefix])
+            key = prefix + "weight"
+            if state[key].numel() == weight.numel():  # tensorised; else loading tells of the sizes
+                state[key] = state[key].reshape(weight.shape)
     _to_tucker(state, model, ranks, rescale, assign)
     with untouched_if_loading_fails(model):
         _make_room(model, state)
@@ -96,6 +102,8 @@ def dense_state_dict(state_dict: Mapping[str, Any]) -> "OrderedDict[str, Any]":
     -------
     OrderedDict of str to Tensor
         ``weight`` instead of ``core``, ``factors.0`` ...; all else, such as biases, is the same.
+        The weight of a `TuckerTensorLinear` is the tensor, as a state does not say which modes are
+        rows: reshape it to ``(out_features, in_features)``.
 
     Examples
     --------
@@ -148,13 +156,13 @@ def _fits_together(parts: list[Any]) -> bool:
     )
 
 
-def _is_dense(model: nn.Module, prefix: str) -> bool:
-    """Tell whether the module of this name has a weight that is a parameter of its own."""
+def _dense_weight_of(model: nn.Module, prefix: str) -> nn.Parameter | None:
+    """Return the weight of the module of this name, if that is a parameter of its own."""
     try:
         module = model.get_submodule(prefix.removesuffix("."))
     except AttributeError:
-        return False
-    return module._parameters.get("weight") is not None
+        return None
+    return module._parameters.get("weight")
 
 
 @torch.no_grad()
@@ -184,7 +192,7 @@ def _to_tucker(
         if slot.layer is not None:
             prefixes = [p for p in names[slot.layer] if slot.layer.finds_dense(state, p)]
             shapes = {tuple(state[prefix + "weight"].shape) for prefix in prefixes}
-            if shapes == {slot.layer.shape}:
+            if shapes == {slot.layer.weight_shape}:
                 found.append((slot, prefixes))
     if not found:
         return
@@ -193,7 +201,10 @@ def _to_tucker(
     # What a schedule comes down to in the end.
     rule = Rules.of(ranks, model, slots).in_force(sys.maxsize, [slot.name for slot in slots])
     facts = [gt.Facts(previous=slot.settled_ranks, flops=flops_of(slot.layer)) for slot in slots]
-    points = [_decomposed(slot.name, weight) for slot, weight in zip(slots, weights, strict=True)]
+    points = [
+        _decomposed(slot.name, weight.reshape(slot.point.shape))
+        for slot, weight in zip(slots, weights, strict=True)
+    ]
     cuts = gt.truncate(points, rule, facts)
     for (_, prefixes), weight, cut in zip(found, weights, cuts, strict=True):
         point = rescaled(cut.point, weight, rescale)

@@ -1,0 +1,110 @@
+"""Plain modules in place of tensorised layers, made by torch.fx.
+
+No chain of layers of torch permutes the axes of activations. A module of torch.fx does, and like
+such a chain it needs nothing of this package: what is saved is its generated code.
+"""
+
+import torch
+from torch import Tensor, fx, nn
+
+from ._plan import Contraction
+from ._point import own_parameter
+from ._tensor_linear import TuckerTensorLinear
+from ._tensor_plan import Projected, TensorSizes, operations
+from ._tensorised import kernel
+
+__all__ = ["plain_operations", "plain_parameters", "plain_tensor_linear"]
+
+
+@torch.no_grad()
+def plain_tensor_linear(layer: TuckerTensorLinear, order: Contraction) -> nn.Module:
+    """Build what computes the layer's map with all factors of a side projected, or folded.
+
+    Factors of complete bases are always folded, as they do not make the kernel larger.
+
+    Parameters
+    ----------
+    layer : TuckerTensorLinear
+    order : Contraction
+
+    Returns
+    -------
+    nn.Module
+        An ``nn.Linear``, or a ``torch.fx.GraphModule`` with the parameters ``project_i``,
+        ``kernel``, ``spread_i`` and ``bias``; in the layer's mode, sharing nothing with it.
+
+    Examples
+    --------
+    >>> layer = TuckerTensorLinear((4, 5), (5, 6), ranks=2)
+    >>> module = plain_tensor_linear(layer, Contraction(True, True))
+    >>> [name for name, _ in module.named_parameters()]
+    ['bias', 'kernel', 'spread_0', 'spread_1', 'project_0', 'project_1']
+    """
+    projected = _projected(layer, order)
+    if not any(projected):
+        return layer.to_dense()
+    return fx.symbolic_trace(_Chain(layer, projected)).train(layer.training)
+
+
+def plain_parameters(layer: TuckerTensorLinear, order: Contraction) -> int:
+    """Count the weights of `plain_tensor_linear`."""
+    # With one input each factor meets each of its entries once, once the kernel is formed.
+    projected = _projected(layer, order)
+    sides = zip(layer.shape, layer.ranks, projected, strict=True)
+    total, entries = 0, 1
+    for n, r, meets in sides:
+        total += n * r if meets else 0
+        entries *= r if meets else n
+    return total + entries
+
+
+def plain_operations(layer: TuckerTensorLinear, order: Contraction) -> int:
+    """Count the multiply-adds of `plain_tensor_linear` for one input."""
+    ranks, outputs = layer.ranks, layer.out_modes
+    sizes = TensorSizes(layer.out_shape, layer.in_shape, ranks[:outputs], ranks[outputs:], 1)
+    return operations(sizes, _projected(layer, order), folding=False)
+
+
+def _projected(layer: TuckerTensorLinear, order: Contraction) -> Projected:
+    sides = [order.project_output] * layer.out_modes + [order.project_input] * len(layer.in_shape)
+    ranks = zip(sides, layer.shape, layer.ranks, strict=True)
+    return tuple(meets and r < n for meets, n, r in ranks)
+
+
+class _Chain(nn.Module):
+    """The map as torch.fx traces it: its loops and conditions do not depend on the input."""
+
+    def __init__(self, layer: TuckerTensorLinear, projected: Projected) -> None:
+        super().__init__()
+        self.in_shape, self.outputs = layer.in_shape, layer.out_modes
+        wanted = layer.core.requires_grad
+        folded = kernel(layer.core, list(layer.factors), projected)
+        self.kernel_shape = folded.shape[: self.outputs]
+        self.kernel = own_parameter(folded.flatten(0, self.outputs - 1).flatten(1), wanted)
+        bias = layer.bias
+        self.bias = None if bias is None else own_parameter(bias, bias.requires_grad)
+        self.spread, self.project = [""] * self.outputs, [""] * len(self.in_shape)
+        for mode, (factor, meets) in enumerate(zip(layer.factors, projected, strict=True)):
+            if not meets:
+                continue
+            names, i = (self.spread, mode)
+            if mode >= self.outputs:
+                names, i, factor = self.project, mode - self.outputs, factor.t()
+            names[i] = f"{'spread' if names is self.spread else 'project'}_{i}"
+            self.register_parameter(names[i], own_parameter(factor, wanted))
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = x.unflatten(-1, self.in_shape)
+        t = self._apply_all(t, self.project).flatten(-len(self.in_shape))
+        t = nn.functional.linear(t, self.kernel).unflatten(-1, self.kernel_shape)
+        t = self._apply_all(t, self.spread).flatten(-self.outputs)
+        return t if self.bias is None else t + self.bias
+
+    def _apply_all(self, t: Tensor, names: list[str]) -> Tensor:
+        """Apply matrices to the last axes; empty names stand for none."""
+        for i, name in enumerate(names):
+            if name:
+                axis = i - len(names)
+                t = nn.functional.linear(t.movedim(axis, -1), getattr(self, name))
+                t = t.movedim(-1, axis)
+        return t
