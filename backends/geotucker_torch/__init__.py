@@ -16,6 +16,7 @@ from ._inference import optimize_for_inference
 from ._layers import TuckerConv1d, TuckerConv2d, TuckerConv3d, TuckerLinear, TuckerModule
 from ._optimizer import TDLRT
 from ._tensor_linear import TuckerTensorLinear
+from ._tltorch import from_tltorch, to_tltorch
 from ._weights import dense_state_dict, load_weights
 
 __all__ = [
@@ -33,9 +34,11 @@ __all__ = [
     "densify",
     "factorize",
     "finalize",
+    "from_tltorch",
     "load_checkpoint",
     "load_weights",
     "optimize_for_inference",
     "plan",
     "save_checkpoint",
+    "to_tltorch",
 ]

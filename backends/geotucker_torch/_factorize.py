@@ -363,7 +363,8 @@ def _split(candidate: _Candidate, splits: Mapping[str, Any]) -> Split | None:
     if pattern is None:
         return None
     with _blamed_on(candidate):
-        split = split_of(tuple(candidate.module.weight.shape), splits[pattern])
+        rows, columns = candidate.module.weight.shape
+        split = split_of((rows, columns), splits[pattern])
     return split if len(split[0]) + len(split[1]) > 2 else None
 
 

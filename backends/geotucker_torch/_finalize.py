@@ -28,9 +28,9 @@ _DENSE = Contraction(project_output=False, project_input=False)
 def finalize(model: nn.Module, *, cost: Cost = "parameters", dense: Selection = None) -> nn.Module:
     """Return a copy with plain ``torch.nn`` modules in place of the Tucker layers.
 
-    Each Tucker layer becomes an ``nn.Sequential`` of two or three small layers, or one dense
-    layer where that costs no more; a tensorised one becomes a ``torch.fx.GraphModule``. The result needs this package neither to be loaded nor to
-    run: it can be pickled, traced, compiled, quantised, and exported to ONNX like any other.
+    Each Tucker layer becomes an ``nn.Sequential`` of two or three small layers (a tensorised one a
+    ``torch.fx.GraphModule``, as no layers of torch permute axes), or one dense layer where that
+    costs no more. The result needs this package neither to be loaded nor to run: it can be pickled, traced, compiled, quantised, and exported to ONNX like any other.
 
     Parameters
     ----------

@@ -53,8 +53,9 @@ def plain_module(layer: TuckerModule, order: Contraction) -> nn.Module:
     Returns
     -------
     nn.Module
-        A layer of the dense type, or an ``nn.Sequential`` of two or three, in the layer's mode; of
-        a tensorised layer a module of torch.fx instead, as no chain of layers permutes axes. Weights ask for gradients if the core does. It shares nothing with the layer.
+        A layer of the dense type, or an ``nn.Sequential`` of two or three, in the layer's mode; for
+        a tensorised layer see `plain_tensor_linear`. Weights ask for gradients if the core does. It
+        shares nothing with the layer.
     """
     if isinstance(layer, TuckerTensorLinear):
         return plain_tensor_linear(layer, order)

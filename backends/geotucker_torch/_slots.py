@@ -1,6 +1,5 @@
 """The Tucker tensors of a model, whatever module holds them."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -9,6 +8,7 @@ import geotucker as gt
 
 from ._layers import TuckerModule
 from ._point import read_point, write_point
+from ._tltorch import holds_tucker, ranked_modules
 
 __all__ = ["Slot", "find_slots"]
 
@@ -54,30 +54,12 @@ def find_slots(model: nn.Module) -> list[Slot]:
     """
     slots: dict[nn.Parameter, Slot] = {}
     for name, module in model.named_modules():
-        if isinstance(module, TuckerModule) or _is_tltorch_tucker(module):
+        if isinstance(module, TuckerModule) or holds_tucker(module):
             core = module.core
             if not isinstance(core, nn.Parameter) or core in slots:
                 continue
             factors = tuple(module.factors)  # type: ignore[arg-type]
             layer = module if isinstance(module, TuckerModule) else None
-            slots[core] = Slot(name, core, factors, tuple(_ranked(model, module)), layer)
+            ranked = () if layer is not None else tuple(ranked_modules(model, module))
+            slots[core] = Slot(name, core, factors, ranked, layer)
     return list(slots.values())
-
-
-def _is_tltorch_tucker(module: nn.Module) -> bool:
-    # By name: importing tensorly-torch would switch TensorLy's backend for everyone.
-    names = {
-        base.__name__ for base in type(module).__mro__ if base.__module__.startswith("tltorch.")
-    }
-    return "TuckerTensor" in names and not any(name.startswith("Complex") for name in names)
-
-
-def _ranked(model: nn.Module, tensor: nn.Module) -> Iterator[nn.Module]:
-    """Yield the tensorly-torch modules that repeat the ranks of `tensor` in an attribute."""
-    if isinstance(tensor, TuckerModule):
-        return
-    yield tensor
-    for module in model.modules():
-        # Not getattr: a layer of ours would form its dense weight.
-        if module._modules.get("weight") is tensor and hasattr(module, "rank"):
-            yield module

@@ -102,7 +102,7 @@ class TuckerTensorLinear(TuckerModule):
         weight = cls._weight_of(layer)
         rows, columns = weight.shape
         outputs, inputs = split_of((rows, columns), (out_shape or 2, in_shape or 2))
-        shapes = {"in_shape": inputs, "out_shape": outputs}
+        shapes: dict[str, Any] = {"in_shape": inputs, "out_shape": outputs}
         shape = (*outputs, *inputs)
         if weight.is_meta:
             meta = cls(**shapes, ranks=ranks, device="meta", dtype=weight.dtype)

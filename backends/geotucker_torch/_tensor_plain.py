@@ -4,6 +4,8 @@ No chain of layers of torch permutes the axes of activations. A module of torch.
 such a chain it needs nothing of this package: what is saved is its generated code.
 """
 
+import math
+
 import torch
 from torch import Tensor, fx, nn
 
@@ -38,7 +40,7 @@ def plain_tensor_linear(layer: TuckerTensorLinear, order: Contraction) -> nn.Mod
     >>> layer = TuckerTensorLinear((4, 5), (5, 6), ranks=2)
     >>> module = plain_tensor_linear(layer, Contraction(True, True))
     >>> [name for name, _ in module.named_parameters()]
-    ['bias', 'kernel', 'spread_0', 'spread_1', 'project_0', 'project_1']
+    ['project_0', 'project_1', 'kernel', 'spread_0', 'spread_1', 'bias']
     """
     projected = _projected(layer, order)
     if not any(projected):
@@ -48,14 +50,9 @@ def plain_tensor_linear(layer: TuckerTensorLinear, order: Contraction) -> nn.Mod
 
 def plain_parameters(layer: TuckerTensorLinear, order: Contraction) -> int:
     """Count the weights of `plain_tensor_linear`."""
-    # With one input each factor meets each of its entries once, once the kernel is formed.
-    projected = _projected(layer, order)
-    sides = zip(layer.shape, layer.ranks, projected, strict=True)
-    total, entries = 0, 1
-    for n, r, meets in sides:
-        total += n * r if meets else 0
-        entries *= r if meets else n
-    return total + entries
+    modes = list(zip(layer.shape, layer.ranks, _projected(layer, order), strict=True))
+    entries = math.prod(r if meets else n for n, r, meets in modes)
+    return entries + sum(n * r for n, r, meets in modes if meets)
 
 
 def plain_operations(layer: TuckerTensorLinear, order: Contraction) -> int:

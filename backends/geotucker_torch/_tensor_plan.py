@@ -62,7 +62,7 @@ def operations(sizes: TensorSizes, projected: Projected, folding: bool = True) -
     --------
     >>> sizes = TensorSizes((10, 10), (10, 10), (2, 2), (2, 2), batch=1)
     >>> operations(sizes, (True,) * 4), operations(sizes, (False,) * 4)
-    (496, 32240)
+    (496, 34960)
     """
     modes = list(zip(sizes.shape, sizes.ranks, projected, strict=True))
     outputs, inputs = modes[: len(sizes.out_shape)], modes[len(sizes.out_shape) :]

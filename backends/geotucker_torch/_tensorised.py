@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["kernel", "lifting_tensorised", "tensor_linear", "weight_gradient"]
 
+
 def tensor_linear(
     x: Tensor,  # shape: (batch, i_1, ..., i_q)
     core: Tensor,  # shape: (r_1, ..., r_p, s_1, ..., s_q)
@@ -115,9 +116,7 @@ def _sizes(
 ) -> TensorSizes:
     out_shape, in_shape = (tuple(len(u) for u in side) for side in (out_factors, in_factors))
     ranks = tuple(core.shape)
-    return TensorSizes(
-        out_shape, in_shape, ranks[: len(out_shape)], ranks[len(out_shape) :], batch
-    )
+    return TensorSizes(out_shape, in_shape, ranks[: len(out_shape)], ranks[len(out_shape) :], batch)
 
 
 def _applied(t: Tensor, matrices: Mapping[int, Tensor]) -> Tensor:

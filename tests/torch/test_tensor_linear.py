@@ -36,13 +36,13 @@ SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple)
 
 
 @st.composite
-def layers(draw):
+def layers(draw, leads=((), (4,), (2, 3))):
     torch.manual_seed(draw(st.integers(0, 99)))
     layer = TuckerTensorLinear(
         draw(SHAPES), draw(SHAPES), draw(st.integers(1, 4)), draw(st.booleans()),
         dtype=torch.float64,
     )  # fmt: skip
-    lead = draw(st.sampled_from([(), (4,), (2, 3)]))
+    lead = draw(st.sampled_from(leads))
     return layer, torch.randn(*lead, layer.in_features, dtype=torch.float64)
 
 
@@ -199,7 +199,9 @@ def test_matrices_are_applied_in_the_cheapest_order():
 @given(sizes())
 def test_the_price_for_rank_rules_is_never_below_what_is_paid(given_sizes):
     cost = price(given_sizes)
-    assert cost.tucker(given_sizes.ranks) >= operations(given_sizes, cheapest_projections(given_sizes))
+    assert cost.tucker(given_sizes.ranks) >= operations(
+        given_sizes, cheapest_projections(given_sizes)
+    )
     wider = tuple(min(r + 1, n) for r, n in zip(given_sizes.ranks, given_sizes.shape, strict=True))
     assert cost.tucker(wider) >= cost.tucker(given_sizes.ranks)
     assert cost.dense == given_sizes.batch * math.prod(given_sizes.shape)
@@ -232,7 +234,8 @@ def trained(layer, x, one_pass, rule, number=3):
     return model
 
 
-@given(layers(), st.sampled_from([None, gt.Tolerance(0.1), gt.Fixed(2)]))
+# With a single sample the gradient has rank 1, and what extends the bases beyond it is rounding.
+@given(layers(leads=((6,), (2, 4))), st.sampled_from([None, gt.Tolerance(0.1), gt.Fixed(2)]))
 def test_one_pass_is_two(drawn, rule):
     layer, x = drawn
     one, two = trained(layer, x, True, rule), trained(layer, x, False, rule)
