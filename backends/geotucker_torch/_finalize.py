@@ -30,7 +30,8 @@ def finalize(model: nn.Module, *, cost: Cost = "parameters", dense: Selection = 
 
     Each Tucker layer becomes an ``nn.Sequential`` of two or three small layers (a tensorised one a
     ``torch.fx.GraphModule``, as no layers of torch permute axes), or one dense layer where that
-    costs no more. The result needs this package neither to be loaded nor to run: it can be pickled, traced, compiled, quantised, and exported to ONNX like any other.
+    costs no more. The result needs this package neither to be loaded nor to run: it can be pickled,
+    traced, compiled, quantised, and exported to ONNX like any other.
 
     Parameters
     ----------
