@@ -6,7 +6,7 @@ optimizer and trains them: it moves the bases and adapts the ranks. `save_checkp
 `load_checkpoint` keep a training in a file, `load_weights` and `dense_state_dict` carry weights
 between dense and factorised models. `finalize` turns a trained model into plain modules, the
 smallest, to be fine-tuned or exported, and `optimize_for_inference` into those that are measured to
-be the fastest.
+be the fastest. `from_tltorch` and `to_tltorch` go between this package and tensorly-torch.
 """
 
 from ._checkpoint import CheckpointError, load_checkpoint, save_checkpoint

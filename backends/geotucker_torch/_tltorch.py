@@ -13,6 +13,7 @@ What it gets wrong is worked around here, or by going through the layers of this
 The tests of this module fail as soon as one of these is mended.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -41,14 +42,14 @@ def from_tltorch(model: _Model) -> _Model | nn.Module:
 
     Those train in one pass, without a closure, and contract faster. Replaced are FactorizedConv,
     FactorizedLinear and TRL with a Tucker weight, real and for one layer. All else stays, and
-    trains as it is: joint layers, embeddings, complex tensors, other formats, subclasses, and
-    modules or weights with hooks (tensor dropout is one).
+    trains as it is: joint layers, weights that several layers share, embeddings, complex tensors,
+    other formats, subclasses, and modules or weights with hooks (tensor dropout is one).
 
     Parameters
     ----------
     model : nn.Module
-        Any model; a layer itself is returned replaced. It may not have been wrapped by an
-        optimizer, whose parameters cores and factors would be.
+        Any model; a layer itself is returned replaced. Cores and factors are new parameters, so
+        build the optimizer afterwards.
 
     Returns
     -------
@@ -72,7 +73,12 @@ def from_tltorch(model: _Model) -> _Model | nn.Module:
     (2, 2, 2, 2)
     """
     check_model(model)
-    found = {module: _ours(name, module) for name, module in model.named_modules()}
+    owners = Counter(child for m in model.modules() for child in m._modules.values())
+    found = {
+        module: _ours(name, module)
+        for name, module in model.named_modules()
+        if owners[module._modules.get("weight")] == 1
+    }
     return replaced(model, {module: new for module, new in found.items() if new is not None})
 
 
@@ -200,7 +206,8 @@ _OPTIONS = ("stride", "padding", "dilation")
 def _from_linear(linear: Any) -> nn.Module | None:
     if linear.n_layers != 1:
         return None
-    outputs, inputs = (tuple(side) for side in linear.weight.tensorized_shape)
+    shapes = linear.weight.tensorized_shape
+    outputs, inputs = ((side,) if isinstance(side, int) else tuple(side) for side in shapes)
     layer = _built_linear(linear, outputs, inputs)
     layer.bias = linear.bias
     return layer

@@ -164,8 +164,11 @@ def stays(tltorch):
     tltorch.tensor_hooks.tensor_dropout(dropped.weight, 0.5)
     derived = type("Derived", (tltorch.FactorizedConv,), {})(3, 4, (3, 3), **tucker)
     assert from_tltorch(copy.deepcopy(conv)) is not conv  # the others differ from it
+    tied = nn.Sequential(conv, tltorch.FactorizedConv(3, 4, (3, 3), **tucker))
+    tied[1].weight = conv.weight
     return {
         "hooked": hooked,
+        "tied": tied,
         "dropped": dropped,
         "derived": derived,
         "joint": tltorch.FactorizedConv(3, 4, (3, 3), n_layers=2, **tucker),
@@ -180,8 +183,8 @@ def stays(tltorch):
 
 
 NAMES = [
-    "hooked", "dropped", "derived", "joint", "joint linear", "joint regression", "cp", "embedding",
-    "contraction", "dense", "complex",
+    "hooked", "tied", "dropped", "derived", "joint", "joint linear", "joint regression", "cp",
+    "embedding", "contraction", "dense", "complex",
 ]  # fmt: skip
 
 
@@ -189,6 +192,7 @@ NAMES = [
 def test_what_has_no_counterpart_stays(tltorch, name):
     module = stays(tltorch)[name]
     assert from_tltorch(module) is module
+    assert not any(isinstance(m, TuckerModule) for m in module.modules())
 
 
 @pytest.mark.parametrize(
