@@ -214,7 +214,7 @@ def sgd(model, **settings):
     return torch.optim.SGD(model.parameters(), **{"lr": 0.05, "momentum": 0.9, **settings})
 
 
-def trained(layer, x, one_pass, rule, number=3):
+def trained(layer, x, one_pass, rule, number=2):
     model = copy.deepcopy(layer)
     optimizer = TDLRT(sgd(model), model, rule, integrator="tdlrt", one_pass=one_pass)
 
