@@ -21,11 +21,13 @@ from ._layers import TuckerModule
 from ._lift import Extension
 from ._rules import Rules, flops_of
 from ._slots import Slot, find_slots
-from ._state import carry_state, drift, lift_state
+from ._state import carry_state, drift, lift_state, mark_core, regauge_state
 
 __all__ = ["INTEGRATORS", "TDLRT"]
 
 INTEGRATORS = ("tangent", "tdlrt")
+
+_EARLY = 200  # heuristic, from LeNet-5: with every second step from the start momentum diverged
 
 # Adafactor's, over rows and over columns: of as many dimensions as the parameter, but smaller.
 _SUMS = ("row_var", "col_var")
@@ -63,9 +65,10 @@ class TDLRT(Optimizer):
         The gradient of the wider core: its projection on the tangent space, at the cost of
         ordinary descent on core and factors; or all of it, which is Algorithm 1 of the paper, and
         costs half as much again. Both follow the same flow and differ in terms of second order.
-    basis_every : int
+    basis_every : int, optional
         Bases and ranks move in every so many steps; the others are steps of the cores, which
-        cost less. Bases that move seldom lag behind: above 2, mind the learning rate.
+        cost less. By default in each of the first 200 steps, in which bases turn fast and would lag
+        behind, and in every second one from then on.
     one_pass : bool
         Whether layers of this package extend their bases in their own backward pass. False: by
         two calls of a closure, as published, which gives the result of "tdlrt".
@@ -120,7 +123,7 @@ class TDLRT(Optimizer):
         ranks: Any = None,
         *,
         integrator: str = "tangent",
-        basis_every: int = 1,
+        basis_every: int | None = None,
         one_pass: bool = True,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
@@ -132,7 +135,8 @@ class TDLRT(Optimizer):
                 f"optimizer: {type(optimizer).__name__} cannot be wrapped; use SGD, Adam or "
                 "another optimizer that keeps its state per parameter"
             )
-        if isinstance(basis_every, bool) or not isinstance(basis_every, int) or basis_every < 1:
+        whole = isinstance(basis_every, int) and not isinstance(basis_every, bool)
+        if basis_every is not None and not (whole and basis_every >= 1):
             raise ValueError(f"basis_every: expected a positive integer, got {basis_every!r}")
         if integrator not in INTEGRATORS:
             raise ValueError(f"integrator: expected one of {INTEGRATORS}, got {integrator!r}")
@@ -300,6 +304,8 @@ class TDLRT(Optimizer):
             self._check_gradients()
             self._settle(slots)
             before = [slot.core.detach().clone() for slot in slots] if self._moves_bases else []
+            for slot in slots:
+                mark_core(self.state.get(slot.core, {}), slot.core)
             self.wrapped.step()
             check_finite((f"{s.name}.core after the step", s.core) for s in slots)
             if self._moves_bases:
@@ -313,6 +319,8 @@ class TDLRT(Optimizer):
     @property
     def _moves_bases(self) -> bool:
         """Whether the coming step moves the bases."""
+        if self.basis_every is None:
+            return self._steps < _EARLY or self._steps % 2 == 0
         return self._steps % self.basis_every == 0
 
     def _evaluate(self, closure: Callable[[], Any], foreign: list[Slot]) -> Any:
@@ -331,6 +339,8 @@ class TDLRT(Optimizer):
         """Have our own layers extend their bases in the next backward pass, or not."""
         armed = self.one_pass and self._moves_bases
         for slot in self._slots:
+            if self._moves_bases:
+                regauge_state(self.state.get(slot.core, {}), slot.core)
             if slot.layer is not None:
                 moving = self._drift(slot) if armed else None
                 slot.layer.armed = armed

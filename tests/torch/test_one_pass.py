@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import geotucker as gt
+from geotucker._geometry import right_bases
 from geotucker.testing import check_orthonormal
 from geotucker_torch import (
     TDLRT,
@@ -402,3 +403,37 @@ def test_a_failed_step_leaves_the_lift_as_it_was():
             optimizer.step()
         weights.append([layer.dense_weight().detach() for layer in (model[0], model[2])])
     torch.testing.assert_close(*weights, rtol=0, atol=1e-13)
+
+
+def test_momentum_of_the_bases_outlasts_steps_of_the_cores():
+    model, x, y = data()
+    inner = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    optimizer = TDLRT(inner, model, basis_every=2)
+    layer = model[0]
+
+    def step():
+        optimizer.zero_grad()
+        (model(x) - y).square().sum().backward()
+        optimizer.step()
+        return right_bases(layer.core.detach()), dict(optimizer.state[layer.core]["tangent"])
+
+    (q_old, before), (q_new, after) = step(), step()
+    assert not torch.allclose(q_old[0], q_new[0])
+    parts = before["momentum_buffer"], after["momentum_buffer"]
+    for old, new, b, c in zip(*parts, q_old, q_new, strict=True):
+        assert old.abs().max() > 0
+        torch.testing.assert_close(new @ c.T, old @ b.T @ c @ c.T, rtol=0, atol=1e-12)
+    assert list(after) == ["momentum_buffer"]
+
+
+def test_bases_move_in_every_step_at_first_and_then_in_every_second():
+    model, x, y = data()
+    optimizer = TDLRT(sgd(model, lr=1e-4), model)
+    moved = []
+    for _ in range(204):
+        before = [factor.clone() for factor in model[0].factors]
+        optimizer.zero_grad()
+        (model(x) - y).square().sum().backward()
+        optimizer.step()
+        moved.append(not all(map(torch.equal, before, model[0].factors)))
+    assert moved == [True] * 200 + [True, False] * 2

@@ -76,8 +76,13 @@ def train(
         typer.Option(help="With --budget or --tolerance: no rank goes above.", show_default=False),
     ] = None,
     basis_every: Annotated[
-        int, typer.Option(help="Move the bases once in so many steps; only cores in between.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            help="Move the bases once in so many steps; only cores in between. "
+            "[default: 1 for 200 steps, then 2]",
+            show_default=False,
+        ),
+    ] = None,
     optimizer: Annotated[
         str | None,
         typer.Option(
