@@ -31,7 +31,7 @@ RESULTS = Path(__file__).parent / "results" / "gpu.csv"
 FIELDS = ["network", "method", "ms", "launches", "peak_mib", "device", "torch"]
 SETTINGS: dict[str, dict[str, Any]] = {
     "TDLRT, bases in every step": {"basis_every": 1},
-    "TDLRT, default": {"basis_every": 2},  # what it is after the first 200 steps
+    "TDLRT, default": {"basis_every": 2},  # what it is after the first 1000 steps
     "TDLRT, whole gradient": {"integrator": "tdlrt", "basis_every": 1},
     "TDLRT between bases": {"basis_every": 10**9},
 }

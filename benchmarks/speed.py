@@ -40,7 +40,7 @@ from geotucker_torch import TDLRT, factorize, optimize_for_inference
 RANKS = gt.Fixed(0.1)
 KEPT = 0.1  # of a network's parameters
 NEVER = sys.maxsize  # bases move in the first step, which is not timed, and not again
-DEFAULT = {"basis_every": 2}  # what it is after the first 200 steps
+DEFAULT = {"basis_every": 2}  # what it is after the first 1000 steps
 RESULTS = Path(__file__).parent / "results" / "speed.csv"
 VERSIONS = ("geotucker", "torch", "tensorly", "tensorly-torch")
 FIELDS = ["case", "input", "ranks", "threads", "phase", "method", "parameters", "wall_ms", "cpu_ms",

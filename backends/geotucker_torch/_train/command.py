@@ -79,7 +79,7 @@ def train(
         int | None,
         typer.Option(
             help="Move the bases once in so many steps; only cores in between. "
-            "[default: 1 for 200 steps, then 2]",
+            "[default: 1 for 1000 steps, then 2]",
             show_default=False,
         ),
     ] = None,
