@@ -5,11 +5,11 @@ Run from the root of the repository, with the extra ``train`` installed::
     python benchmarks/robustness.py --jobs 2
 
 Every optimizer at five learning rates over two decades, constant, batch 128; the weights at
-PyTorch's start and with singular values that decay exponentially from 1 to 1e-12. Beside the dense
-network: all layers in Tucker format, trained by `TDLRT` with its defaults, at fixed ranks 2 and 8 and
-at full ranks, and from rank 2 with ranks that grow by a tolerance of 0.1 with four spare directions.
-The table is written to ``benchmarks/results/robustness.csv``. MNIST is downloaded, or read from the
-folder that ``GEOTUCKER_DATA_DIR`` names. About 25 minutes on two cores.
+PyTorch's start and with singular values that decay exponentially from 1 to 1e-12. Beside the
+dense network: all layers in Tucker format, trained by `TDLRT` with its defaults, at fixed ranks 2
+and 8 and at full ranks, and from rank 2 with ranks that grow by a tolerance of 0.1 with four spare
+directions. The table is written to ``benchmarks/results/robustness.csv``. MNIST is downloaded, or
+read from the folder that ``GEOTUCKER_DATA_DIR`` names. About 25 minutes on two cores.
 """
 
 import csv
