@@ -21,7 +21,7 @@ __all__ = ["report"]
 _PICTURES = 32  # weights; more would make a page that is long to draw and slow to show
 _OPEN = 6  # sections that are unfolded from the start, if there are no more
 _SIZE = (3.8, 2.6)  # inches; small, so that the text is read on a phone
-_WIDE = 4.6
+_WIDE = 4.2
 
 
 class _Picture(NamedTuple):
