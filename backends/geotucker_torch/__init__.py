@@ -6,7 +6,8 @@ optimizer and trains them: it moves the bases and adapts the ranks. `save_checkp
 `load_checkpoint` keep a training in a file, `load_weights` and `dense_state_dict` carry weights
 between dense and factorised models. `finalize` turns a trained model into plain modules, the
 smallest, to be fine-tuned or exported, and `optimize_for_inference` into those that are measured to
-be the fastest.
+be the fastest. `spectra` measures the weights of a model, and `summary`, `plot` and `report` show
+them.
 """
 
 from ._checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -15,6 +16,8 @@ from ._finalize import finalize
 from ._inference import optimize_for_inference
 from ._layers import TuckerConv1d, TuckerConv2d, TuckerConv3d, TuckerLinear, TuckerModule
 from ._optimizer import TDLRT
+from ._spectra import Spectra, WeightSpectra, spectra, summary
+from ._views import plot, report
 from ._weights import dense_state_dict, load_weights
 
 __all__ = [
@@ -22,11 +25,13 @@ __all__ = [
     "CheckpointError",
     "Factorization",
     "FactorizedLayer",
+    "Spectra",
     "TuckerConv1d",
     "TuckerConv2d",
     "TuckerConv3d",
     "TuckerLinear",
     "TuckerModule",
+    "WeightSpectra",
     "dense_state_dict",
     "densify",
     "factorize",
@@ -35,5 +40,9 @@ __all__ = [
     "load_weights",
     "optimize_for_inference",
     "plan",
+    "plot",
+    "report",
     "save_checkpoint",
+    "spectra",
+    "summary",
 ]

@@ -2,8 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import chain
@@ -23,13 +22,14 @@ from ._layers import (
 )
 from ._modules import (
     Selection,
-    aligned,
+    blamed_on,
     check_model,
     has_hooks,
     replaced,
     selector,
 )
 from ._rules import whole_model
+from ._table import table
 
 __all__ = ["Factorization", "FactorizedLayer", "densify", "factorize", "plan"]
 
@@ -103,14 +103,11 @@ class Factorization:
         done = [layer for layer in self.layers if layer.ranks is not None]
         sums = (sum(layer.before for layer in done), sum(layer.after for layer in done))
         replaced = f"{len(done)} of {len(self.layers)} layers"
-        rows = [head, *map(_cells, self.layers)]
-        rows.append((replaced, "", "", "", *_counts(*sums)))
-        rows.append(("whole model", "", "", "", *_counts(self.before, self.after)))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(head) - 1)]
-        lines = [aligned(row, widths) for row in rows]
-        rule = "-" * max(map(len, lines))
+        rows = [_cells(layer) for layer in self.layers]
+        whole = ("whole model", "", "", "", *_counts(self.before, self.after))
+        text = table(head, rows, [(replaced, "", "", "", *_counts(*sums)), whole])
         notes = [f"note: the pattern {text!r} matches no layer" for text in self.unmatched]
-        return "\n".join([lines[0], rule, *lines[1:-2], rule, *lines[-2:], *notes])
+        return "\n".join([text, *notes])
 
 
 def plan(
@@ -277,7 +274,7 @@ class _Candidate:
         if self.point is not None:
             return kind._from_point(self.module, self.point, rescale)
         assert self.ranks is not None
-        with _blamed_on(self):
+        with blamed_on(self.names[0]):
             return kind.from_dense(self.module, self.ranks, rescale=rescale)
 
 
@@ -335,7 +332,7 @@ def _share(candidates: list[_Candidate], budget: gt.Budget, model: nn.Module) ->
 
 
 def _decomposed(candidate: _Candidate, rule: gt.RankRule) -> gt.TuckerPoint:
-    with _blamed_on(candidate):
+    with blamed_on(candidate.names[0]):
         return decompose(candidate.module.weight, rule)
 
 
@@ -343,7 +340,7 @@ def _decide(candidates: list[_Candidate], rule: gt.RankRule) -> None:
     """Choose ranks by one rule; singular values are computed only if the rule asks for them."""
     if isinstance(rule, gt.Fixed):
         for candidate in candidates:
-            with _blamed_on(candidate):
+            with blamed_on(candidate.names[0]):
                 candidate.decide(rule.for_shape(candidate.shape))
         return
     # A rule that is not per mode may weigh tensors against each other: it sees all at once.
@@ -447,15 +444,6 @@ def _swap(model: nn.Module, successors: Mapping[nn.Module, nn.Module]) -> Any:
     for old, new in successors.items():
         new.bias = old.bias
     return replaced(model, successors)
-
-
-@contextmanager
-def _blamed_on(candidate: _Candidate) -> Iterator[None]:
-    """Name the layer in the errors of the core, which sees only a tensor."""
-    try:
-        yield
-    except gt.GeotuckerError as error:
-        raise type(error)(f"layer {candidate.names[0]!r}: {error}") from error
 
 
 def _checked_types(types: Any) -> tuple[type[nn.Module], ...]:

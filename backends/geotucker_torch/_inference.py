@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ._layers import TuckerConv2d, TuckerModule
-from ._modules import aligned, check_model, replaced
+from ._modules import check_model, replaced
 from ._plain import (
     obstacle,
     parts,
@@ -35,6 +35,7 @@ from ._plain import (
     weight_readers,
 )
 from ._plan import CONTRACTIONS
+from ._table import table
 
 __all__ = ["Inference", "InferenceLayer", "candidates", "optimize_for_inference"]
 
@@ -98,12 +99,8 @@ class Inference:
         """Return the table as plain text."""
         head = ("layer", "type", "shape", "ranks", "dense ms", "factored ms", "chosen")
         whole = (_milliseconds(self.seconds.get(name)) for name in (DENSE, self.chosen))
-        rows = [head, *map(_cells, self.layers)]
-        rows.append(("whole model", "", "", "", *whole, self.chosen))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(head) - 1)]
-        lines = [aligned(row, widths) for row in rows]
-        rule = "-" * max(map(len, lines))
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+        sums = ("whole model", "", "", "", *whole, self.chosen)
+        return table(head, [_cells(layer) for layer in self.layers], [sums])
 
 
 def optimize_for_inference(

@@ -284,6 +284,12 @@ class TuckerModule(nn.Module):
         """Core and factors outside any graph; they share their memory with the parameters."""
         return read_point(self.core, self.factors)
 
+    @property
+    def settled_point(self) -> gt.TuckerPoint:
+        """The point without a lift that no step has used; the weight is the same."""
+        # Who has written into a lifted core by hand has made that point the layer's.
+        return self.narrow if self.narrow is not None and self._untouched else self.point
+
     @torch.no_grad()
     def lift(
         self, directions: Sequence[Tensor], right: Sequence[Tensor | None] | None = None
@@ -347,8 +353,8 @@ class TuckerModule(nn.Module):
         computed again; the optimizer's state fits that point, as it has not seen the lift either.
         """
         state = super().state_dict(*args, **kwargs)
-        if self.narrow is not None and self._untouched and not kwargs.get("keep_vars"):
-            state.update(tucker_state(self.narrow, kwargs.get("prefix", "")))
+        if self.narrow is not None and not kwargs.get("keep_vars"):
+            state.update(tucker_state(self.settled_point, kwargs.get("prefix", "")))
         return state
 
     def _load_from_state_dict(

@@ -20,6 +20,7 @@ from ._guard import restored_if_it_fails
 from ._history import RankHistory
 from ._layers import TuckerModule
 from ._lift import Extension
+from ._point import orthonormal
 from ._rules import Rules, flops_of
 from ._scale import moving_entries, normalises, scale_step
 from ._slots import Slot, find_slots
@@ -152,6 +153,7 @@ class TDLRT(Optimizer):
         slots = _trained_slots(model, optimizer)
         self._rules = Rules.of(ranks, model, slots)
         self.wrapped = optimizer
+        self._model = model
         # Not Optimizer.__init__, which would make param groups and state of its own:
         # only what hooks and profiling need.
         super().__setstate__({})
@@ -161,7 +163,9 @@ class TDLRT(Optimizer):
         self._slots = slots
         self._steps = 0
         for slot in slots:
-            _orthonormalise(slot)
+            point = slot.point
+            if (same := orthonormal(point)) is not point:
+                slot.write(same)
             for factor in slot.factors:  # Adagrad makes its state beforehand
                 self.state.pop(factor, None)
         # What it has left them at: other ranks later come from a model that was loaded since.
@@ -202,6 +206,11 @@ class TDLRT(Optimizer):
         saved with the optimizer.
         """
         return self._history.by_step()
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that it was built on."""
+        return self._model
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group to the wrapped optimizer."""
@@ -467,17 +476,6 @@ def _facts(slot: Slot, previous: tuple[int, ...], before: Tensor) -> gt.Facts:
     gradient, core = slot.core.grad, slot.core.detach()
     paid = None if gradient is None else allowance(gradient, core - before)
     return gt.Facts(previous, paid, flops_of(slot.layer))
-
-
-def _orthonormalise(slot: Slot) -> None:
-    """Make the factors orthonormal if they are not; the tensor does not change."""
-    point = slot.point
-    for factor in point.factors:
-        gram = (factor.T @ factor).double()
-        identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        if (gram - identity).abs().max() > 100 * torch.finfo(factor.dtype).eps:
-            slot.write(gt.orthonormalise(point))
-            return
 
 
 @contextmanager

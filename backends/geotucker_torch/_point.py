@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import geotucker as gt
 
-__all__ = ["own_parameter", "read_point", "write_point"]
+__all__ = ["orthonormal", "own_parameter", "read_point", "write_point"]
 
 
 def own_parameter(tensor: Tensor, requires_grad: bool) -> nn.Parameter:
@@ -34,3 +34,13 @@ def write_point(core: nn.Parameter, factors: Iterable[nn.Parameter], point: gt.T
             parameter.grad = None  # it would have the old shape
             # Not `parameter.data = ...`, which breaks graphs and optimizer state.
             parameter.set_(array.contiguous())  # type: ignore[call-overload]
+
+
+def orthonormal(point: gt.TuckerPoint) -> gt.TuckerPoint:
+    """Return the same tensor with orthonormal factors: the point itself if they are already."""
+    for factor in point.factors:
+        gram = (factor.T @ factor).double()
+        identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        if (gram - identity).abs().max() > 100 * torch.finfo(factor.dtype).eps:
+            return gt.orthonormalise(point)
+    return point

@@ -35,6 +35,11 @@ class Slot:
         return read_point(self.core, self.factors)
 
     @property
+    def settled_point(self) -> gt.TuckerPoint:
+        """The point without a lift that no step has used."""
+        return self.point if self.layer is None else self.layer.settled_point
+
+    @property
     def settled_ranks(self) -> tuple[int, ...]:
         """The ranks without a lift that no step has used."""
         return self.point.ranks if self.layer is None else self.layer.settled_ranks

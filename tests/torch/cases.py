@@ -1,12 +1,22 @@
 """Layers of every kind with inputs for them, which several tests draw."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from geotucker_torch import TuckerConv1d, TuckerConv2d, TuckerConv3d, TuckerLinear, TuckerModule
+import geotucker as gt
+from geotucker_torch import (
+    TDLRT,
+    TuckerConv1d,
+    TuckerConv2d,
+    TuckerConv3d,
+    TuckerLinear,
+    TuckerModule,
+    factorize,
+)
 
 DOUBLE = {"dtype": torch.float64}
 CONVS = {1: TuckerConv1d, 2: TuckerConv2d, 3: TuckerConv3d}
@@ -52,3 +62,24 @@ def linears(draw: st.DrawFn) -> tuple[TuckerModule, Tensor]:
     sizes = [draw(st.integers(1, 6)) for _ in range(2)]
     layer = TuckerLinear(*sizes, ranks=draw(st.integers(1, 3)), bias=draw(st.booleans()), **DOUBLE)
     return layer, torch.randn(*draw(st.sampled_from([(), (3,), (2, 3)])), sizes[0], **DOUBLE)
+
+
+def training(steps: int = 2, ranks: Any = None, **options: Any) -> tuple[TDLRT, Callable[[], None]]:
+    """Return an optimizer in training and a function that takes it to just before a step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(72, 16), nn.Linear(16, 3)
+    )
+    model = factorize(model, {"0": (4, 2, 2, 2), "3": 6}, verbose=False)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = TDLRT(sgd, model, ranks or gt.Tolerance(0.2), **options)
+    x, y = torch.randn(16, 2, 5, 5), torch.randint(3, (16,))
+
+    def backward() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+
+    for _ in range(steps):
+        backward()
+        optimizer.step()
+    return optimizer, backward

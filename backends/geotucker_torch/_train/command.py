@@ -144,8 +144,9 @@ def train(
     """Train a network in Tucker format, its ranks adapting, beside its dense baseline.
 
     Without options: scikit-learn's digits, in less than a minute. Each run has a folder with
-    the weights (safetensors), the metrics (JSON lines), a picture, and a checkpoint: a run
-    that was killed goes on with --resume FOLDER and ends bit by bit as if it had not been.
+    the weights (safetensors), the metrics (JSON lines), a picture, a page on the ranks, and a
+    checkpoint: a run that was killed goes on with --resume FOLDER and ends bit by bit as if it
+    had not been.
     """
     from ._main import main  # here: the help page needs neither matplotlib nor rich
 
