@@ -18,7 +18,7 @@ from ._finite import check_finite
 from ._guard import restored_if_it_fails
 from ._history import RankHistory
 from ._layers import TuckerModule
-from ._lift import Extension
+from ._lifted import Extension, Lift
 from ._rules import Rules, flops_of
 from ._slots import Slot, find_slots
 from ._state import carry_state, drift, lift_state
@@ -145,6 +145,7 @@ class TDLRT(Optimizer):
         self.integrator = integrator
         self.basis_every = basis_every
         self._slots = slots
+        _share_lifts(slots)
         self._steps = 0
         for slot in slots:
             _orthonormalise(slot)
@@ -423,11 +424,22 @@ def _trained_slots(model: nn.Module, optimizer: Optimizer) -> list[Slot]:
     return slots
 
 
+def _share_lifts(slots: Sequence[Slot]) -> None:
+    """Give layers one record for each tensor: some may have been tied, or untied, by hand."""
+    taken: list[Lift] = []
+    for slot in slots:
+        if slot.layer is not None:
+            lift = slot.layer._lift if slot.layer._lift not in taken else Lift()
+            taken.append(lift)
+            for layer in slot.layers:
+                layer._lift = lift
+
+
 def _facts(slot: Slot, previous: tuple[int, ...], before: Tensor) -> gt.Facts:
     """Return what rank rules may want to know after a step of the core."""
     gradient, core = slot.core.grad, slot.core.detach()
     paid = None if gradient is None else allowance(gradient, core - before)
-    return gt.Facts(previous, paid, flops_of(slot.layer))
+    return gt.Facts(previous, paid, flops_of(slot))
 
 
 def _orthonormalise(slot: Slot) -> None:

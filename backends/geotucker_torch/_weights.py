@@ -79,9 +79,14 @@ def load_weights(
     state = _copied(state_dict)
     _to_dense(state, [prefix for prefix in _tucker_prefixes(state) if _is_dense(model, prefix)])
     _to_tucker(state, model, ranks, rescale, assign)
+    tied = [slot.layers for slot in find_slots(model) if len(slot.layers) > 1]
     with untouched_if_loading_fails(model):
         _make_room(model, state)
-        return model.load_state_dict(state, strict=strict, assign=assign)
+        result = model.load_state_dict(state, strict=strict, assign=assign)
+        for first, *others in tied:  # PyTorch assigns to each layer a parameter of its own
+            for layer in others:
+                layer.tie(first)
+        return result
 
 
 def dense_state_dict(state_dict: Mapping[str, Any]) -> "OrderedDict[str, Any]":
@@ -182,7 +187,8 @@ def _to_tucker(
     found: list[tuple[Slot, list[str]]] = []
     for slot in find_slots(model):
         if slot.layer is not None:
-            prefixes = [p for p in names[slot.layer] if slot.layer.finds_dense(state, p)]
+            named = [(layer, prefix) for layer in slot.layers for prefix in names[layer]]
+            prefixes = [prefix for layer, prefix in named if layer.finds_dense(state, prefix)]
             shapes = {tuple(state[prefix + "weight"].shape) for prefix in prefixes}
             if shapes == {slot.layer.shape}:
                 found.append((slot, prefixes))
@@ -192,7 +198,7 @@ def _to_tucker(
     weights = [state[prefixes[0] + "weight"] for _, prefixes in found]
     # What a schedule comes down to in the end.
     rule = Rules.of(ranks, model, slots).in_force(sys.maxsize, [slot.name for slot in slots])
-    facts = [gt.Facts(previous=slot.settled_ranks, flops=flops_of(slot.layer)) for slot in slots]
+    facts = [gt.Facts(previous=slot.settled_ranks, flops=flops_of(slot)) for slot in slots]
     points = [_decomposed(slot.name, weight) for slot, weight in zip(slots, weights, strict=True)]
     cuts = gt.truncate(points, rule, facts)
     for (_, prefixes), weight, cut in zip(found, weights, cuts, strict=True):
