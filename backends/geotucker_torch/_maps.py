@@ -21,7 +21,15 @@ from geotucker import ShapeError
 
 from ._plan import Contraction, Sizes
 
-__all__ = ["CONV", "KERNEL_GRADIENT", "ConvMap", "LayerMap", "LinearMap", "core_turned", "modes_turned"]
+__all__ = [
+    "CONV",
+    "KERNEL_GRADIENT",
+    "ConvMap",
+    "LayerMap",
+    "LinearMap",
+    "core_turned",
+    "modes_turned",
+]
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 KERNEL_GRADIENT: dict[int, Callable[..., Tensor]] = {
@@ -356,9 +364,7 @@ class ConvMap:
         a, padding = self._padded(a)
         options = (self.stride_left, padding, self.dilation)
         if order.project_output:
-            return self.together(
-                CONV[self._order](self.apart(a), kernel, bias, *options, groups=1)
-            )
+            return self.together(CONV[self._order](self.apart(a), kernel, bias, *options, groups=1))
         return CONV[self._order](a, kernel, bias, *options, groups=self.groups)
 
     def input_gradient(self, h: Tensor, kernel: Tensor, a: Tensor, order: Contraction) -> Tensor:

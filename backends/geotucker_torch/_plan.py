@@ -47,7 +47,9 @@ class Sizes(NamedTuple):
     kernel: int = 1  # number of kernel entries, prod k_i
     positions_in: int = 1  # number of positions at which U_in would be applied; none for a lookup
     positions_out: int = 1
-    positions_kernel: int | None = None  # at which the kernel is applied, if not those of the output
+    positions_kernel: int | None = (
+        None  # at which the kernel is applied, if not those of the output
+    )
 
 
 def flops(contraction: Contraction, sizes: Sizes) -> int:

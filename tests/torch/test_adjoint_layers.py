@@ -3,7 +3,6 @@
 import copy
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -13,67 +12,13 @@ import geotucker as gt
 from geotucker.testing import check_orthonormal
 from geotucker_torch import (
     TDLRT,
-    TuckerConv2d,
-    TuckerConvTranspose1d,
-    TuckerConvTranspose2d,
-    TuckerConvTranspose3d,
-    TuckerEmbedding,
-    TuckerLinear,
-    TuckerModule,
 )
 from geotucker_torch._contract import contract
 from geotucker_torch._plan import CONTRACTIONS
 
+from .cases import embeddings, transposed
+
 DOUBLE = {"dtype": torch.float64}
-TRANSPOSED = {1: TuckerConvTranspose1d, 2: TuckerConvTranspose2d, 3: TuckerConvTranspose3d}
-
-
-@st.composite
-def embeddings(draw: st.DrawFn) -> tuple[TuckerModule, Tensor]:
-    torch.manual_seed(draw(st.integers(0, 99)))
-    number, size = draw(st.integers(1, 9)), draw(st.integers(1, 6))
-    layer = TuckerEmbedding(
-        number,
-        size,
-        draw(st.integers(1, 6)),
-        draw(st.none() | st.integers(-number, number - 1)),
-        draw(st.booleans()),
-        **DOUBLE,
-    )
-    shape = draw(st.sampled_from([(), (5,), (2, 7), (0,)]))
-    return layer, torch.randint(number, shape, dtype=draw(st.sampled_from([torch.int32, torch.int64])))
-
-
-@st.composite
-def transposed(draw: st.DrawFn) -> tuple[TuckerModule, Tensor]:
-    torch.manual_seed(draw(st.integers(0, 99)))
-    order = draw(st.integers(1, 3))
-    sides = st.tuples(*[st.integers(1, 3)] * order)
-    groups = draw(st.integers(1, 3))
-    kernel, dilation, stride = draw(sides), draw(sides), draw(sides)
-    room = [max(s, d) - 1 for s, d in zip(stride, dilation, strict=True)]
-    extra = tuple(draw(st.integers(0, most)) for most in room)
-    padding = tuple(draw(st.integers(0, 2)) for _ in kernel)
-    n = draw(st.integers(2, 4))
-    sizes = zip(stride, padding, dilation, kernel, extra, strict=True)
-    assume(all((n - 1) * s - 2 * p + d * (k - 1) + e >= 0 for s, p, d, k, e in sizes))
-    layer = TRANSPOSED[order](
-        groups * draw(st.integers(1, 3)),
-        groups * draw(st.integers(1, 3)),
-        kernel,
-        draw(st.integers(1, 3)),
-        stride,
-        padding,
-        extra,
-        groups,
-        draw(st.booleans()),
-        dilation,
-        **DOUBLE,
-    )
-    x = torch.randn(layer.in_channels, *[n] * order, **DOUBLE)
-    return layer, x if draw(st.booleans()) else torch.stack([x, x.flip(1)])
-
-
 either = st.one_of(embeddings(), transposed())
 
 
