@@ -1,8 +1,8 @@
 """The maps of layers whose weight has the input's axis first: embeddings, transposed convolutions.
 
 Such a layer applies the adjoint of what a linear layer or a convolution with the same weight does:
-a lookup is the adjoint of ``nn.Linear`` on vectors that are one at one entry, ``nn.ConvTransposeNd``
-that of ``nn.ConvNd``. Weights that are tied therefore have one and the same order of axes.
+``nn.ConvTransposeNd`` that of ``nn.ConvNd``, a lookup that of ``nn.Linear``, on vectors with a
+single one. Weights that are tied therefore have one and the same order of axes.
 """
 
 import math
@@ -125,7 +125,7 @@ class ConvTransposeMap:
     output_padding: tuple[int, ...]
 
     def sizes(self, x: Tensor, core: Tensor, u_out: Tensor, u_in: Tensor) -> Sizes:
-        """See `LayerMap`. (With groups, folding a factor is priced as if they shared ``U_in``.)"""
+        """See `LayerMap`; with groups, folding a factor is priced as if they shared ``U_in``."""
         conv = self.adjoint
         extents = x.shape[2:], conv.kernel, conv.stride, conv.pads, conv.dilation
         out = [

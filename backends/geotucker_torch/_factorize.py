@@ -258,10 +258,10 @@ def densify(model: _Model) -> _Model | nn.Module:
     """
     check_model(model)
     layers = [module for module in model.modules() if isinstance(module, TuckerModule)]
-    dense: dict[TuckerModule, Any] = {layer: layer.to_dense() for layer in layers}
+    dense: dict[nn.Module, Any] = {layer: layer.to_dense() for layer in layers}
     weights: dict[nn.Parameter, nn.Parameter] = {}
-    for layer, new in dense.items():
-        new.weight = weights.setdefault(layer.core, new.weight)
+    for layer in layers:
+        dense[layer].weight = weights.setdefault(layer.core, dense[layer].weight)
     return _swap(model, dense)
 
 

@@ -5,7 +5,7 @@ The choice depends on sizes alone, so that it is the same on every machine and n
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
@@ -61,7 +61,8 @@ def finalize(model: nn.Module, *, cost: Cost = "parameters", dense: Selection = 
         chain, with a new optimizer. Tied layers have the parameters in common that are the same
         matrix in both: all, if they are of one kind; of an embedding and a linear layer the large
         one, the rows of the vocabulary, but not the small one, which is transposed in one of them,
-        so that fine-tuning keeps them whole only if both are `dense`. Layers of tensorly-torch
+        so that only as `dense` layers they stay one weight in fine-tuning. If one of them becomes
+        dense, so do the others. Layers of tensorly-torch
         stay as they are.
 
     Raises
@@ -98,17 +99,37 @@ def finalize(model: nn.Module, *, cost: Cost = "parameters", dense: Selection = 
     _check_layers(layers)
     new = settled_copy(model)
     readers = weight_readers(new)
-    successors: dict[nn.Module, nn.Module] = {}
-    shared: Shared = {}
+    tied: dict[nn.Parameter, list[TuckerModule]] = {}
+    read: set[nn.Parameter] = set()
     for (names, old), layer in zip(layers.items(), tucker_layers(new).values(), strict=True):
-        is_dense = layer in readers or any(is_wanted(name, old) for name in names)
-        order = _DENSE if is_dense else _cheapest(layer, cost)
-        successors[layer] = _successor(layer, order, shared)
+        tied.setdefault(layer.core, []).append(layer)
+        if layer in readers or any(is_wanted(name, old) for name in names):
+            read.add(layer.core)
+    shared: Shared = {}
+    successors: dict[nn.Module, nn.Module] = {}
+    for core, members in tied.items():
+        modes = _DENSE if core in read else _cheapest(members, cost)
+        for layer in members:
+            order = Contraction(*modes_turned(layer.map, modes))
+            successors[layer] = _successor(layer, order, shared)
     return replaced(new, successors)
 
 
-def _cheapest(layer: TuckerModule, cost: Cost) -> Contraction:
-    """Return the order of least cost; of several that of the fewest layers."""
+def _cheapest(layers: Sequence[TuckerModule], cost: Cost) -> Contraction:
+    """Return which modes are to be projected, in the order of the weight's axes.
+
+    Of several choices that cost least it is the one of the fewest layers.
+    """
+
+    def price(modes: Contraction) -> int:
+        return sum(
+            _price(layer, Contraction(*modes_turned(layer.map, modes)), cost) for layer in layers
+        )
+
+    return min(reversed(CONTRACTIONS), key=price)
+
+
+def _price(layer: TuckerModule, order: Contraction, cost: Cost) -> int:
     layer_map: Any = layer.map
     out, in_ = modes_turned(layer_map, layer.shape)[:2]
     out_rank, in_rank = modes_turned(layer_map, layer.ranks)[:2]
@@ -123,9 +144,10 @@ def _cheapest(layer: TuckerModule, cost: Cost) -> Contraction:
     elif is_conv and by_flops:
         # In a large image each position of the output has so many that the projection is run on.
         sizes = sizes._replace(positions_in=math.prod(layer_map.stride_left))
-    elif by_flops and layer_map.transposed:
-        return _DENSE  # a lookup multiplies nothing
-    return min(reversed(CONTRACTIONS), key=lambda order: folded_flops(order, sizes))
+    elif layer_map.transposed and by_flops:  # what is looked up is not multiplied
+        looked_up = 1 if order.project_input else 0
+        sizes = sizes._replace(positions_in=0, positions_kernel=looked_up)
+    return folded_flops(order, sizes)
 
 
 def _successor(layer: TuckerModule, order: Contraction, shared: Shared) -> nn.Module:

@@ -59,7 +59,7 @@ class Lift:
 
     # Set by an optimizer: the next backward pass shall extend the bases, and how (see `_lift`).
     armed: bool = False
-    extension: Extension = Extension()
+    extension: Extension = field(default_factory=Extension)
     # Of the loss whose gradients it has, as against the gradients that the optimizer steps with.
     loss_scale: Tensor | float = 1.0
     # The point before that happened, until a step is taken or the gradients are reset, and the

@@ -56,10 +56,8 @@ class LayerMap(Protocol):
     the order of the axes of the layer's weight.
     """
 
-    @property
-    def transposed(self) -> bool:
-        """Whether the weight's first axis belongs to the input and its second to the output."""
-        ...
+    # Whether the weight's first axis belongs to the input and its second to the output.
+    transposed: ClassVar[bool]
 
     def sizes(self, x: Tensor, core: Tensor, u_out: Tensor, u_in: Tensor) -> Sizes:
         """Return all that the planner wants to know."""

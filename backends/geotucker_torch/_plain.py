@@ -1,9 +1,9 @@
 """Plain torch modules in place of Tucker layers: what every form of deployment shares.
 
 Once the weights are fixed, a Tucker layer is a chain of up to three plain layers: *project*, a
-pointwise layer by U_in^T (or the lookup of its rows), *kernel*, the core with the spatial factors folded in, and *spread*, a
-pointwise layer by U_out. Either channel factor may be folded into the kernel too (see `_plan`);
-with both folded the dense layer is left.
+pointwise layer by U_in^T (or the lookup of its rows), *kernel*, the core with the spatial factors
+folded in, and *spread*, a pointwise layer by U_out. Either channel factor may be folded into the
+kernel too (see `_plan`); with both folded the dense layer is left.
 """
 
 import copy

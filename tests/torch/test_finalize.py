@@ -38,6 +38,8 @@ def is_plain(model: nn.Module) -> bool:
 
 # Layers
 
+every = st.one_of(linears(), convolutions(), embeddings(), transposed())
+
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @given(
@@ -52,7 +54,7 @@ def test_every_layer_computes_the_same(case: tuple[TuckerModule, Tensor], cost: 
     close(finalize(layer, dense="")(x), layer(x))
 
 
-@given(st.one_of(linears(), convolutions(), embeddings(), transposed()))
+@given(every)
 def test_no_candidate_is_smaller(case: tuple[TuckerModule, Tensor]) -> None:
     layer, _ = case
     others = candidates(layer).values()
