@@ -9,6 +9,7 @@ smallest, to be fine-tuned or exported, and `optimize_for_inference` into those 
 be the fastest.
 """
 
+from ._attention import TuckerMultiheadAttention
 from ._checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from ._embedding import TuckerEmbedding
 from ._factorize import Factorization, FactorizedLayer, densify, factorize, plan
@@ -33,6 +34,7 @@ __all__ = [
     "TuckerEmbedding",
     "TuckerLinear",
     "TuckerModule",
+    "TuckerMultiheadAttention",
     "dense_state_dict",
     "densify",
     "factorize",

@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from torch import nn
 
 import geotucker as gt
 
+from ._attention import TuckerMultiheadAttention, split_attention
 from ._embedding import TuckerEmbedding
 from ._layers import (
     TuckerConv1d,
@@ -48,6 +49,7 @@ _TUCKER: dict[type[nn.Module], type[TuckerModule]] = {
     nn.Embedding: TuckerEmbedding,
 }
 _TYPES = tuple(_TUCKER)
+_Splits: TypeAlias = dict[nn.Module, TuckerMultiheadAttention]
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ def plan(
     2 of 2 layers                              7,090  2,138  30.2 %
     whole model                                7,090  2,138  30.2 %
     """
-    candidates = _survey(model, ranks, types, include, exclude)
+    candidates, _ = _survey(model, ranks, types, include, exclude)
     return _summary(model, candidates, (ranks, include, exclude))
 
 
@@ -171,6 +173,10 @@ def factorize(
 
     Layers that share a weight (an embedding and the output layer of a language model, say) stay
     tied: they get the same core and factors, and are one row of the table.
+
+    ``nn.MultiheadAttention`` becomes a `TuckerMultiheadAttention` if one of its four projections
+    is replaced; in the table, in patterns and for rules these are layers of their own, ``q_proj``,
+    ``k_proj``, ``v_proj`` and ``out_proj``, and their biases new parameters.
 
     A layer stays dense, and the table says why, if it would not shrink, if its weight is a
     parameter elsewhere too or computed from other parameters, if it has hooks, which its successor
@@ -221,13 +227,23 @@ def factorize(
     >>> model[2].ranks
     (12, 12, 3, 3)
     """
-    candidates = _survey(model, ranks, types, include, exclude)
+    candidates, splits = _survey(model, ranks, types, include, exclude)
     summary = _summary(model, candidates, (ranks, include, exclude))
     chosen = [candidate for candidate in candidates if candidate.ranks is not None]
-    successors = dict(chain.from_iterable(c.successors(rescale) for c in chosen))
+    layers = dict(chain.from_iterable(c.successors(rescale) for c in chosen))
     if verbose:
         print(summary)
-    return _swap(model, successors)
+    attentions = {
+        old: _swap(split, layers)
+        for old, split in splits.items()
+        if any(child in layers for child in split.children())
+    }
+    for encoder in model.modules():  # whose path with nested tensors would read joint weights
+        if isinstance(encoder, nn.TransformerEncoder) and not attentions.keys().isdisjoint(
+            encoder.modules()
+        ):
+            encoder.use_nested_tensor = False
+    return _swap(model, {**layers, **attentions})
 
 
 def densify(model: _Model) -> _Model | nn.Module:
@@ -262,6 +278,8 @@ def densify(model: _Model) -> _Model | nn.Module:
     weights: dict[nn.Parameter, nn.Parameter] = {}
     for layer in layers:
         dense[layer].weight = weights.setdefault(layer.core, dense[layer].weight)
+    attentions = [m for m in model.modules() if isinstance(m, TuckerMultiheadAttention)]
+    dense |= {attention: attention.to_dense() for attention in attentions}
     return _swap(model, dense)
 
 
@@ -321,14 +339,18 @@ def _survey(
     types: Iterable[type[nn.Module]],
     include: Selection,
     exclude: Selection,
-) -> list[_Candidate]:
-    """Find all layers of the wanted types and decide about each."""
+) -> tuple[list[_Candidate], _Splits]:
+    """Find all layers of the wanted types and decide about each.
+
+    Returned with the attention modules that have layers only when they are split.
+    """
     check_model(model)
     kinds = _checked_types(types)
     included, excluded = selector("include", include, True), selector("exclude", exclude, False)
     rules = _checked_rules(ranks)
     owners = _owners(model)
-    candidates = _candidates(model, kinds)
+    splits = _splits(model, owners) if nn.Linear in kinds else {}
+    candidates = _candidates(model, kinds, splits)
     wanted: dict[str, list[_Candidate]] = {pattern: [] for pattern in rules}
     for candidate in candidates:
         named = [(name, layer) for layer, names in candidate.layers.items() for name in names]
@@ -349,7 +371,7 @@ def _survey(
             _share(chosen, ranks, model)
         else:
             _decide(chosen, rules[pattern])
-    return candidates
+    return candidates, splits
 
 
 def _share(candidates: list[_Candidate], budget: gt.Budget, model: nn.Module) -> None:
@@ -391,13 +413,33 @@ def _decide(candidates: list[_Candidate], rule: gt.RankRule) -> None:
         candidate.point = point
 
 
-def _candidates(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[_Candidate]:
+def _splits(model: nn.Module, owners: Counter[nn.Parameter]) -> _Splits:
+    """Return what attention modules of PyTorch are split into, where nothing of them is tied."""
+    found: _Splits = {}
+    for module in model.modules():
+        split = split_attention(module)
+        if split is not None and all(owners[p] == 1 for p in module.parameters()):
+            found[module] = split
+    return found
+
+
+def _candidates(
+    model: nn.Module, kinds: tuple[type[nn.Module], ...], splits: _Splits
+) -> list[_Candidate]:
     found: dict[nn.Module | nn.Parameter, _Candidate] = {}
+
+    def add(name: str, module: nn.Module) -> None:
+        weight = module._parameters.get("weight")
+        key = module if weight is None or nn.parameter.is_lazy(weight) else weight
+        found.setdefault(key, _Candidate()).layers.setdefault(module, []).append(name)
+
+    inside = {child for attention in splits for child in attention.children()}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, kinds):
-            weight = module._parameters.get("weight")
-            key = module if weight is None or nn.parameter.is_lazy(weight) else weight
-            found.setdefault(key, _Candidate()).layers.setdefault(module, []).append(name)
+        if module in splits:
+            for part, layer in splits[module].named_children():
+                add(f"{name}.{part}" if name else part, layer)
+        elif isinstance(module, kinds) and module not in inside:
+            add(name, module)
     return list(found.values())
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+from ._attention import TuckerMultiheadAttention
 from ._layers import TuckerModule
 from ._maps import modes_turned
 from ._modules import Selection, check_model, replaced, selector
@@ -50,7 +51,8 @@ def finalize(model: nn.Module, *, cost: Cost = "parameters", dense: Selection = 
     dense : str, sequence of str, or callable, optional
         Layers that become dense at any cost, because their owner reads their weight: patterns
         with the wildcards of `fnmatch` for the dotted name, or a predicate ``(name, module) ->
-        bool``. Those in ``nn.TransformerEncoderLayer``, whose fast path reads weights, always do.
+        bool``. Those in ``nn.TransformerEncoderLayer``, whose fast path reads weights, always do,
+        and attention becomes ``nn.MultiheadAttention`` again.
 
     Returns
     -------
@@ -112,6 +114,9 @@ def finalize(model: nn.Module, *, cost: Cost = "parameters", dense: Selection = 
         for layer in members:
             order = Contraction(*modes_turned(layer.map, modes))
             successors[layer] = _successor(layer, order, shared)
+    for module in new.modules():
+        if isinstance(module, TuckerMultiheadAttention):  # PyTorch has none made of chains
+            successors[module] = module.to_dense()
     return replaced(new, successors)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import geotucker as gt
 
+from ._attention import PROJECTIONS, TuckerMultiheadAttention, join_state, split_state
 from ._contract import dense_weight
 from ._guard import untouched_if_loading_fails
 from ._layers import decompose, rescaled, tucker_state
@@ -77,7 +78,9 @@ def load_weights(
     """
     check_model(model)
     state = _copied(state_dict)
+    _split_attention(state, model)
     _to_dense(state, [prefix for prefix in _tucker_prefixes(state) if _is_dense(model, prefix)])
+    _join_attention(state, model)
     _to_tucker(state, model, ranks, rescale, assign)
     tied = [slot.layers for slot in find_slots(model) if len(slot.layers) > 1]
     with untouched_if_loading_fails(model):
@@ -155,11 +158,28 @@ def _fits_together(parts: list[Any]) -> bool:
 
 def _is_dense(model: nn.Module, prefix: str) -> bool:
     """Tell whether the module of this name has a weight that is a parameter of its own."""
+    owner, _, part = prefix.removesuffix(".").rpartition(".")
     try:
+        if part in PROJECTIONS and isinstance(model.get_submodule(owner), nn.MultiheadAttention):
+            return True
         module = model.get_submodule(prefix.removesuffix("."))
     except AttributeError:
         return False
     return module._parameters.get("weight") is not None
+
+
+def _split_attention(state: "OrderedDict[str, Any]", model: nn.Module) -> None:
+    """Turn joint weights into those of layers where the model has these, in place."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, TuckerMultiheadAttention):
+            split_state(state, f"{name}." if name else "")
+
+
+def _join_attention(state: "OrderedDict[str, Any]", model: nn.Module) -> None:
+    """Turn the weights of layers into joint ones where the model has these, in place."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.MultiheadAttention):
+            join_state(state, f"{name}." if name else "", module.in_proj_weight is not None)
 
 
 @torch.no_grad()
