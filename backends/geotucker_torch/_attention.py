@@ -194,15 +194,20 @@ def split_attention(module: nn.Module) -> TuckerMultiheadAttention | None:
         return None  # computed from others, or tied within
     with torch.enable_grad():  # parts ask for gradients if the whole does
         split_state(state, "")
-    layers = []
+    layers: dict[str, nn.Module] = {}
     for name in PROJECTIONS:
         weight, bias = state[f"{name}.weight"], state.get(f"{name}.bias")
         layer: Any = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
         layer.weight = _of_its_own(weight)
         if bias is not None:
             layer.bias = _of_its_own(bias)
-        layers.append(layer.train(module.training))
-    new = TuckerMultiheadAttention(*layers, module.num_heads, module.dropout, module.batch_first)
+        layers[name] = layer.train(module.training)
+    new = TuckerMultiheadAttention(
+        **layers,
+        num_heads=module.num_heads,
+        dropout=module.dropout,
+        batch_first=module.batch_first,
+    )
     return new.train(module.training)
 
 

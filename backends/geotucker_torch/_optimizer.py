@@ -82,9 +82,11 @@ class TDLRT(Optimizer):
     needed for both. Between ``backward`` and ``step`` its core and factors are wider, and
     ``core.grad`` is the gradient of the wider core: it can be clipped (its norm is that of the
     projected gradient), scaled and added to by further micro-batches, whose gradients are taken
-    in the bases of the first. ``zero_grad`` without a step takes the padding away. In such a
-    pass the gradient of the core goes straight to ``core.grad``, also under
-    ``torch.autograd.grad``; hooks on the core do not see it, and second derivatives are
+    in the bases of the first. A weight that is used several times in one graph, by one layer or by
+    tied ones, is widened once, at the end of the backward pass, by the gradients of all uses
+    (uses in a reentrant activation checkpoint count as a micro-batch). ``zero_grad`` without a step
+    takes the padding away. In such a pass the gradient of the core goes straight to ``core.grad``,
+    also under ``torch.autograd.grad``; hooks on the core do not see it, and second derivatives are
     refused.
 
     *Two passes.* Tucker tensors in modules of other kinds need a closure: ``step(closure)``

@@ -95,6 +95,9 @@ def load_weights(
 def dense_state_dict(state_dict: Mapping[str, Any]) -> "OrderedDict[str, Any]":
     """Return a ``state_dict`` with dense weights for all Tucker weights, for whoever has no layers.
 
+    Attention stays split into four layers, as the state does not tell what model it is for;
+    `load_weights` joins them where the model has ``nn.MultiheadAttention``.
+
     Parameters
     ----------
     state_dict : mapping of str to Tensor
