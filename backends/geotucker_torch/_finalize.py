@@ -82,6 +82,7 @@ def finalize(model: nn.Module, *, cost: Cost = "parameters", dense: Selection = 
 
     Examples
     --------
+    >>> from geotucker_torch import TuckerLinear
     >>> finalize(nn.Sequential(TuckerLinear(100, 50, ranks=8), nn.ReLU(), nn.Linear(50, 10)))
     Sequential(
       (0): Sequential(
