@@ -34,7 +34,8 @@ class TuckerMultiheadAttention(nn.Module):
 
     `factorize` puts it where at least one projection becomes a `TuckerLinear`; the others are
     ``nn.Linear``. Call it as the original. It has no fast path for inference, and no ``bias_k``,
-    ``bias_v`` and ``add_zero_attn``.
+    ``bias_v`` and ``add_zero_attn``; an ``nn.TransformerEncoder`` around it no longer turns padded
+    inputs into nested tensors (``use_nested_tensor``).
 
     Parameters
     ----------
