@@ -1,6 +1,6 @@
 """Binding for PyTorch: layers in Tucker format, and models that are turned into them.
 
-`factorize` replaces the Linear and convolutional layers of a model by Tucker layers, whose
+`factorize` replaces the linear, convolution and embedding layers of a model by Tucker layers, whose
 weights are a core and orthonormal factors, and `densify` goes back. `TDLRT` wraps a torch
 optimizer and trains them: it moves the bases and adapts the ranks. `save_checkpoint` and
 `load_checkpoint` keep a training in a file, `load_weights` and `dense_state_dict` carry weights
@@ -10,13 +10,16 @@ be the fastest. `spectra` measures the weights of a model, and `summary`, `plot`
 them.
 """
 
+from ._attention import TuckerMultiheadAttention
 from ._checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from ._embedding import TuckerEmbedding
 from ._factorize import Factorization, FactorizedLayer, densify, factorize, plan
 from ._finalize import finalize
 from ._inference import optimize_for_inference
 from ._layers import TuckerConv1d, TuckerConv2d, TuckerConv3d, TuckerLinear, TuckerModule
 from ._optimizer import TDLRT
 from ._spectra import Spectra, WeightSpectra, spectra, summary
+from ._transposed import TuckerConvTranspose1d, TuckerConvTranspose2d, TuckerConvTranspose3d
 from ._views import plot, report
 from ._weights import dense_state_dict, load_weights
 
@@ -29,8 +32,13 @@ __all__ = [
     "TuckerConv1d",
     "TuckerConv2d",
     "TuckerConv3d",
+    "TuckerConvTranspose1d",
+    "TuckerConvTranspose2d",
+    "TuckerConvTranspose3d",
+    "TuckerEmbedding",
     "TuckerLinear",
     "TuckerModule",
+    "TuckerMultiheadAttention",
     "WeightSpectra",
     "dense_state_dict",
     "densify",

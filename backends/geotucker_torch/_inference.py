@@ -36,10 +36,12 @@ from ._plain import (
 )
 from ._plan import CONTRACTIONS
 from ._table import table
+from ._transposed import TuckerConvTranspose2d
 
 __all__ = ["Inference", "InferenceLayer", "candidates", "optimize_for_inference"]
 
 DENSE = "dense"
+_OF_IMAGES = (TuckerConv2d, TuckerConvTranspose2d)
 # Shorter differences are noise: of two candidates so close the smaller one is taken.
 _TIE = 1.03
 # One reading of the clock covers at least so many seconds, which it resolves well.
@@ -268,7 +270,7 @@ def _optimised(model: nn.Module, arguments: Arguments, repeats: int) -> tuple[nn
         return model, Inference((), {}, "as it is")
     _call(copy.deepcopy(model), arguments)()  # the model's own error, if it takes no such example
     versions = _versions(model, layers, arguments, repeats, channels_last=False)
-    if any(isinstance(layer, TuckerConv2d) for layer in layers.values()):
+    if any(isinstance(layer, _OF_IMAGES) for layer in layers.values()):
         with suppress(RuntimeError):  # the model may take views that contiguous images allow
             versions += _versions(model, layers, arguments, repeats, channels_last=True)
     models = {v.title: v.build(model) for v in versions}

@@ -19,7 +19,7 @@ from ._finite import check_finite
 from ._guard import restored_if_it_fails
 from ._history import RankHistory
 from ._layers import TuckerModule
-from ._lift import Extension
+from ._lifted import Extension, Lift
 from ._point import orthonormal
 from ._rules import Rules, flops_of
 from ._scale import moving_entries, normalises, scale_step
@@ -94,9 +94,11 @@ class TDLRT(Optimizer):
     needed for both. Between ``backward`` and ``step`` its core and factors are wider, and
     ``core.grad`` is the gradient of the wider core: it can be clipped (its norm is that of the
     projected gradient), scaled and added to by further micro-batches, whose gradients are taken
-    in the bases of the first. ``zero_grad`` without a step takes the padding away. In such a
-    pass the gradient of the core goes straight to ``core.grad``, also under
-    ``torch.autograd.grad``; hooks on the core do not see it, and second derivatives are
+    in the bases of the first. A weight that is used several times in one graph, by one layer or by
+    tied ones, is widened once, at the end of the backward pass, by the gradients of all uses
+    (uses in a reentrant activation checkpoint count as a micro-batch). ``zero_grad`` without a step
+    takes the padding away. In such a pass the gradient of the core goes straight to ``core.grad``,
+    also under ``torch.autograd.grad``; hooks on the core do not see it, and second derivatives are
     refused.
 
     *Two passes.* Tucker tensors in modules of other kinds need a closure: ``step(closure)``
@@ -161,6 +163,7 @@ class TDLRT(Optimizer):
         self.basis_every = basis_every
         self.match_rms = match_rms
         self._slots = slots
+        _share_lifts(slots)
         self._steps = 0
         for slot in slots:
             point = slot.point
@@ -471,11 +474,22 @@ def _trained_slots(model: nn.Module, optimizer: Optimizer) -> list[Slot]:
     return slots
 
 
+def _share_lifts(slots: Sequence[Slot]) -> None:
+    """Give layers one record for each tensor: some may have been tied, or untied, by hand."""
+    taken: list[Lift] = []
+    for slot in slots:
+        if slot.layer is not None:
+            lift = slot.layer._lift if slot.layer._lift not in taken else Lift()
+            taken.append(lift)
+            for layer in slot.layers:
+                layer._lift = lift
+
+
 def _facts(slot: Slot, previous: tuple[int, ...], before: Tensor) -> gt.Facts:
     """Return what rank rules may want to know after a step of the core."""
     gradient, core = slot.core.grad, slot.core.detach()
     paid = None if gradient is None else allowance(gradient, core - before)
-    return gt.Facts(previous, paid, flops_of(slot.layer))
+    return gt.Facts(previous, paid, flops_of(slot))
 
 
 @contextmanager

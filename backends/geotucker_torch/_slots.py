@@ -1,7 +1,7 @@
 """The Tucker tensors of a model, whatever module holds them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -26,8 +26,13 @@ class Slot:
     factors: tuple[nn.Parameter, ...]
     # Modules with an attribute `rank` to keep in step (tensorly-torch reads it in forward).
     ranked: tuple[nn.Module, ...] = ()
-    # Our own layer, whose backward can extend the bases.
-    layer: TuckerModule | None = None
+    # Our own layers, whose backward can extend the bases; several if they are tied.
+    layers: tuple[TuckerModule, ...] = ()
+
+    @property
+    def layer(self) -> TuckerModule | None:
+        """The first of our own layers, which speaks for all."""
+        return self.layers[0] if self.layers else None
 
     @property
     def point(self) -> gt.TuckerPoint:
@@ -59,13 +64,18 @@ def find_slots(model: nn.Module) -> list[Slot]:
     """
     slots: dict[nn.Parameter, Slot] = {}
     for name, module in model.named_modules():
-        if isinstance(module, TuckerModule) or _is_tltorch_tucker(module):
-            core = module.core
-            if not isinstance(core, nn.Parameter) or core in slots:
-                continue
+        if not isinstance(module, TuckerModule) and not _is_tltorch_tucker(module):
+            continue
+        core = module.core
+        if not isinstance(core, nn.Parameter):
+            continue
+        slot = slots.get(core)
+        if slot is None:
             factors = tuple(module.factors)  # type: ignore[arg-type]
-            layer = module if isinstance(module, TuckerModule) else None
-            slots[core] = Slot(name, core, factors, tuple(_ranked(model, module)), layer)
+            slot = Slot(name, core, factors, tuple(_ranked(model, module)))
+        if isinstance(module, TuckerModule):
+            slot = replace(slot, layers=(*slot.layers, module))
+        slots[core] = slot
     return list(slots.values())
 
 

@@ -243,7 +243,7 @@ def _tucker(slot: Slot, model: nn.Module, history: Mapping[int, Ranks]) -> Weigh
         )
     with blamed_on(slot.name):
         values = gt.spectrum(orthonormal(_single(point))).values
-    cost = flops_of(slot.layer)
+    cost = flops_of(slot)
     return WeightSpectra(
         slot.name,
         type(model.get_submodule(slot.name)).__name__,

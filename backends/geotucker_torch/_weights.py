@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import geotucker as gt
 
+from ._attention import PROJECTIONS, TuckerMultiheadAttention, join_state, split_state
 from ._contract import dense_weight
 from ._guard import untouched_if_loading_fails
 from ._layers import decompose, rescaled, tucker_state
@@ -77,15 +78,25 @@ def load_weights(
     """
     check_model(model)
     state = _copied(state_dict)
+    _split_attention(state, model)
     _to_dense(state, [prefix for prefix in _tucker_prefixes(state) if _is_dense(model, prefix)])
+    _join_attention(state, model)
     _to_tucker(state, model, ranks, rescale, assign)
+    tied = [slot.layers for slot in find_slots(model) if len(slot.layers) > 1]
     with untouched_if_loading_fails(model):
         _make_room(model, state)
-        return model.load_state_dict(state, strict=strict, assign=assign)
+        result = model.load_state_dict(state, strict=strict, assign=assign)
+        for first, *others in tied:  # PyTorch assigns to each layer a parameter of its own
+            for layer in others:
+                layer.tie(first)
+        return result
 
 
 def dense_state_dict(state_dict: Mapping[str, Any]) -> "OrderedDict[str, Any]":
     """Return a ``state_dict`` with dense weights for all Tucker weights, for whoever has no layers.
+
+    Attention stays split into four layers, as the state does not tell what model it is for;
+    `load_weights` joins them where the model has ``nn.MultiheadAttention``.
 
     Parameters
     ----------
@@ -150,11 +161,28 @@ def _fits_together(parts: list[Any]) -> bool:
 
 def _is_dense(model: nn.Module, prefix: str) -> bool:
     """Tell whether the module of this name has a weight that is a parameter of its own."""
+    owner, _, part = prefix.removesuffix(".").rpartition(".")
     try:
+        if part in PROJECTIONS and isinstance(model.get_submodule(owner), nn.MultiheadAttention):
+            return True
         module = model.get_submodule(prefix.removesuffix("."))
     except AttributeError:
         return False
     return module._parameters.get("weight") is not None
+
+
+def _split_attention(state: "OrderedDict[str, Any]", model: nn.Module) -> None:
+    """Turn joint weights into those of layers where the model has these, in place."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, TuckerMultiheadAttention):
+            split_state(state, f"{name}." if name else "")
+
+
+def _join_attention(state: "OrderedDict[str, Any]", model: nn.Module) -> None:
+    """Turn the weights of layers into joint ones where the model has these, in place."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.MultiheadAttention):
+            join_state(state, f"{name}." if name else "", module.in_proj_weight is not None)
 
 
 @torch.no_grad()
@@ -182,7 +210,8 @@ def _to_tucker(
     found: list[tuple[Slot, list[str]]] = []
     for slot in find_slots(model):
         if slot.layer is not None:
-            prefixes = [p for p in names[slot.layer] if slot.layer.finds_dense(state, p)]
+            named = [(layer, prefix) for layer in slot.layers for prefix in names[layer]]
+            prefixes = [prefix for layer, prefix in named if layer.finds_dense(state, prefix)]
             shapes = {tuple(state[prefix + "weight"].shape) for prefix in prefixes}
             if shapes == {slot.layer.shape}:
                 found.append((slot, prefixes))
@@ -192,7 +221,7 @@ def _to_tucker(
     weights = [state[prefixes[0] + "weight"] for _, prefixes in found]
     # What a schedule comes down to in the end.
     rule = Rules.of(ranks, model, slots).in_force(sys.maxsize, [slot.name for slot in slots])
-    facts = [gt.Facts(previous=slot.settled_ranks, flops=flops_of(slot.layer)) for slot in slots]
+    facts = [gt.Facts(previous=slot.settled_ranks, flops=flops_of(slot)) for slot in slots]
     points = [_decomposed(slot.name, weight) for slot, weight in zip(slots, weights, strict=True)]
     cuts = gt.truncate(points, rule, facts)
     for (_, prefixes), weight, cut in zip(found, weights, cuts, strict=True):

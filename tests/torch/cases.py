@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from hypothesis import assume
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -13,6 +14,10 @@ from geotucker_torch import (
     TuckerConv1d,
     TuckerConv2d,
     TuckerConv3d,
+    TuckerConvTranspose1d,
+    TuckerConvTranspose2d,
+    TuckerConvTranspose3d,
+    TuckerEmbedding,
     TuckerLinear,
     TuckerModule,
     factorize,
@@ -20,6 +25,7 @@ from geotucker_torch import (
 
 DOUBLE = {"dtype": torch.float64}
 CONVS = {1: TuckerConv1d, 2: TuckerConv2d, 3: TuckerConv3d}
+TRANSPOSED = {1: TuckerConvTranspose1d, 2: TuckerConvTranspose2d, 3: TuckerConvTranspose3d}
 
 
 def close(a: Tensor, b: Tensor) -> None:
@@ -83,3 +89,51 @@ def training(steps: int = 2, ranks: Any = None, **options: Any) -> tuple[TDLRT, 
         backward()
         optimizer.step()
     return optimizer, backward
+
+
+@st.composite
+def embeddings(draw: st.DrawFn) -> tuple[TuckerModule, Tensor]:
+    torch.manual_seed(draw(st.integers(0, 99)))
+    number, size = draw(st.integers(1, 9)), draw(st.integers(1, 6))
+    layer = TuckerEmbedding(
+        number,
+        size,
+        draw(st.integers(1, 6)),
+        draw(st.none() | st.integers(-number, number - 1)),
+        draw(st.booleans()),
+        **DOUBLE,
+    )
+    shape = draw(st.sampled_from([(), (5,), (2, 7), (0,)]))
+    return layer, torch.randint(
+        number, shape, dtype=draw(st.sampled_from([torch.int32, torch.int64]))
+    )
+
+
+@st.composite
+def transposed(draw: st.DrawFn) -> tuple[TuckerModule, Tensor]:
+    torch.manual_seed(draw(st.integers(0, 99)))
+    order = draw(st.integers(1, 3))
+    sides = st.tuples(*[st.integers(1, 3)] * order)
+    groups = draw(st.integers(1, 3))
+    kernel, dilation, stride = draw(sides), draw(sides), draw(sides)
+    room = [max(s, d) - 1 for s, d in zip(stride, dilation, strict=True)]
+    extra = tuple(draw(st.integers(0, most)) for most in room)
+    padding = tuple(draw(st.integers(0, 2)) for _ in kernel)
+    n = draw(st.integers(2, 4))
+    sizes = zip(stride, padding, dilation, kernel, extra, strict=True)
+    assume(all((n - 1) * s - 2 * p + d * (k - 1) + e >= 0 for s, p, d, k, e in sizes))
+    layer = TRANSPOSED[order](
+        groups * draw(st.integers(1, 3)),
+        groups * draw(st.integers(1, 3)),
+        kernel,
+        draw(st.integers(1, 3)),
+        stride,
+        padding,
+        extra,
+        groups,
+        draw(st.booleans()),
+        dilation,
+        **DOUBLE,
+    )
+    x = torch.randn(layer.in_channels, *[n] * order, **DOUBLE)
+    return layer, x if draw(st.booleans()) else torch.stack([x, x.flip(1)])
