@@ -15,7 +15,7 @@ from ._geometry import (
     tangent_to_point,
     transport,
 )
-from ._hosvd import Truncation, hosvd, orthonormalise, round, st_hosvd, truncate
+from ._hosvd import Truncation, hosvd, orthonormalise, round, spectrum, st_hosvd, truncate
 from ._integrators import (
     TDLRT,
     CoreScheme,
@@ -91,6 +91,7 @@ __all__ = [
     "retract",
     "round",
     "scale",
+    "spectrum",
     "st_hosvd",
     "tangent_to_point",
     "testing",

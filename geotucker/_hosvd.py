@@ -12,7 +12,7 @@ from ._ops import Array
 from ._ranks import Facts, ModeRule, RankRule, Ranks, Spectrum, as_rule, choose, tail_norms
 from ._tensor import TuckerPoint, as_point, check_finite, check_floating, pair_of
 
-__all__ = ["Truncation", "hosvd", "orthonormalise", "round", "st_hosvd", "truncate"]
+__all__ = ["Truncation", "hosvd", "orthonormalise", "round", "spectrum", "st_hosvd", "truncate"]
 
 
 class Truncation(NamedTuple):
@@ -88,6 +88,39 @@ def _decompose(core: Array, shape: tuple[int, ...], facts: Facts) -> tuple[Spect
 
 def _values(s: Array) -> "np.ndarray[Any, np.dtype[Any]]":
     return _ops.to_numpy(s).astype(np.float64)
+
+
+def spectrum(point: Any) -> Spectrum:
+    """Return the singular values of every unfolding of an orthonormal point.
+
+    They are those of the core's unfoldings, as ``Mat_i(W) = U_i Mat_i(C) (...)^T``: the dense
+    tensor is not formed. In every mode their squares add up to ``||W||^2``.
+
+    Parameters
+    ----------
+    point : pair
+        ``(core, factors)`` with orthonormal factors (not checked).
+
+    Returns
+    -------
+    Spectrum
+        What rank rules are told; its values are NumPy's, in float64, per mode at most r_i.
+
+    Raises
+    ------
+    NonFiniteError
+        If the core holds NaN or infinity.
+
+    Examples
+    --------
+    >>> import numpy as np, geotucker as gt
+    >>> point = gt.hosvd(np.diag([4.0, 3.0, 0.0]), 2)
+    >>> [values.round(6).tolist() for values in gt.spectrum(point).values]
+    [[4.0, 3.0], [4.0, 3.0]]
+    """
+    point = pair_of(point)
+    check_finite(point.core, "core")
+    return _decompose(point.core, point.shape, Facts())[0]
 
 
 def truncate(

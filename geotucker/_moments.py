@@ -25,7 +25,7 @@ from ._hosvd import Truncation
 from ._ops import Array
 from ._tensor import TuckerPoint, TuckerTangent
 
-__all__ = ["carry", "lift", "lift_squares", "rotate_squares", "zero"]
+__all__ = ["carry", "lift", "lift_squares", "regauge", "rotate_squares", "zero"]
 
 
 def zero(point: TuckerPoint) -> tuple[Array, ...]:
@@ -114,6 +114,35 @@ def carry(wide: TuckerPoint, cut: Truncation, moment: Array) -> TuckerTangent:
             g = _ops.unfold(cut.turn(moment, skip=mode), mode)
             parts.append(u @ velocity(p, g, right_basis(cut.point.core, mode)))
     return TuckerTangent(cut.turn(moment), tuple(parts))
+
+
+def regauge(parts: Sequence[Array], old: Array, new: Array) -> tuple[Array, ...]:
+    """Return the basis parts of a moment for a core that has been stepped since, in the same bases.
+
+    ``Kdot_i`` stands for ``Kdot_i Q_i^T``, and Q_i is that of the core. What of it lies outside the
+    row space of the new core's unfolding is no longer tangent and is dropped.
+
+    Parameters
+    ----------
+    parts : sequence of arrays, shapes (n_i, k_i)
+    old, new : arrays, shape (r_1, ..., r_d)
+        The core that the parts belong to, and the present one.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from geotucker._moments import regauge
+    >>> old, new = np.diag([2.0, 1.0]), np.diag([-2.0, 1.0])[::-1]
+    >>> parts = regauge([np.ones((3, 2)), np.zeros((3, 0))], old, new)
+    >>> [part.shape for part in parts]
+    [(3, 2), (3, 0)]
+    """
+    turned = []
+    for mode, part in enumerate(parts):
+        if _ops.shape(part)[1]:
+            part = (part @ right_basis(old, mode).T) @ right_basis(new, mode)
+        turned.append(part)
+    return tuple(turned)
 
 
 def lift_squares(moment: Array, ranks: Sequence[int]) -> Array:

@@ -30,7 +30,7 @@ def test_speed_of_a_layer_and_of_a_network(tmp_path: Path) -> None:
     subprocess.run(command, check=True, env=environment, timeout=200, stdout=subprocess.DEVNULL)
     with path.open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["case"] for row in rows] == ["conv128"] * 12 + ["vgg16"] * 5
+    assert [row["case"] for row in rows] == ["conv128"] * 13 + ["vgg16"] * 5
     for row in rows:
         assert float(row["wall_ms"]) > 0
         assert float(row["cpu_ms"]) > 0

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._maps import ConvMap, LayerMap, LinearMap
+from ._maps import ConvMap, LayerMap, LinearMap, core_turned, modes_turned
 from ._plan import Contraction, Sizes, both_folded, cheapest
 
 __all__ = [
@@ -28,8 +28,8 @@ __all__ = [
 def contract(
     layer_map: LayerMap,
     x: Tensor,
-    core: Tensor,  # shape: (r_out, r_in, r_k1, ...)
-    factors: Sequence[Tensor],  # shapes: (out, r_out), (in, r_in), (k_1, r_k1), ...
+    core: Tensor,  # shape: (r_out, r_in, r_k1, ...), with the first two swapped if transposed
+    factors: Sequence[Tensor],  # shapes: (out, r_out), (in, r_in), (k_1, r_k1), ..., likewise
     bias: Tensor | None = None,  # shape: (out,)
     contraction: Contraction | None = None,
 ) -> Tensor:
@@ -58,6 +58,7 @@ def contract(
     geotucker.ShapeError
         If `x` does not fit the layer.
     """
+    core, factors = core_turned(layer_map, core), modes_turned(layer_map, factors)
     u_out, u_in = factors[:2]
     layer_map.check(x, u_in.shape[0])
     rows = layer_map.enter(x)
@@ -67,19 +68,19 @@ def contract(
         kernel = fold(core, factors, contraction, sizes)
     a = layer_map.project_input(rows, u_in) if contraction.project_input else rows
     if contraction.project_output:
-        b = layer_map.apply(a, kernel, None, split=True)
+        b = layer_map.apply(a, kernel, None, contraction)
         return layer_map.leave(layer_map.spread_output(b, u_out, bias), x)
-    return layer_map.leave(layer_map.apply(a, kernel, bias, split=False), x)
+    return layer_map.leave(layer_map.apply(a, kernel, bias, contraction), x)
 
 
 def core_gradient(
     layer_map: LayerMap,
     x: Tensor,
     g: Tensor,
-    factors: Sequence[Tensor],  # shapes: (out, m_out), (in, m_in), (k_1, m_k1), ...
+    factors: Sequence[Tensor],  # shapes: (n_i, m_i)
     known: tuple[Tensor | None, Tensor | None] = (None, None),
     ranks: Sequence[int] = (0, 0),
-) -> Tensor:  # shape: (m_out, m_in, m_k1, ...)
+) -> Tensor:  # shape: (m_1, ..., m_d)
     """Return the gradient with respect to the core in any bases.
 
     It is the gradient of the dense weight, seen through the bases, and does not depend on the
@@ -94,17 +95,17 @@ def core_gradient(
         Input of the layer and gradient of its output, as `enter` and `enter_gradient` return
         them.
     factors : sequence of Tensor
-        Bases, of the dtype of `g`.
+        Bases, of the dtype of `g`, in the order of the weight's axes.
     known : pair of Tensor, optional
         The projections of g and of x on their first columns, where they have been computed.
     ranks : pair of int
-        How many columns these are.
+        How many columns these are, of the output's basis and of the input's.
 
     Returns
     -------
-    Tensor, shape (m_out, m_in, m_k1, ...)
+    Tensor, shape (m_1, ..., m_d)
     """
-    u_out, u_in, *spatial = factors
+    u_out, u_in, *spatial = modes_turned(layer_map, factors)
 
     def projected(
         project: Callable[[Tensor, Tensor], Tensor], t: Tensor, basis: Tensor, mode: int
@@ -120,12 +121,12 @@ def core_gradient(
 
     h, out_projected = projected(layer_map.project_output, g, u_out, 0)
     a, in_projected = projected(layer_map.project_input, x, u_in, 1)
-    kernel = layer_map.kernel_gradient(a, h, split=out_projected)
+    kernel = layer_map.kernel_gradient(a, h, Contraction(out_projected, in_projected))
     if not in_projected:
         kernel = _move(kernel, 1, u_in.t()).movedim(-1, 1)
     if not out_projected:
         kernel = torch.tensordot(u_out.t(), kernel, 1)
-    return _fold_spatial(kernel, [basis.t() for basis in spatial])
+    return core_turned(layer_map, _fold_spatial(kernel, [basis.t() for basis in spatial]))
 
 
 def dense_weight(core: Tensor, factors: Sequence[Tensor]) -> Tensor:

@@ -3,16 +3,17 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from torch import nn
 
 import geotucker as gt
 
+from ._attention import TuckerMultiheadAttention, split_attention
+from ._embedding import TuckerEmbedding
 from ._layers import (
     TuckerConv1d,
     TuckerConv2d,
@@ -23,14 +24,16 @@ from ._layers import (
 )
 from ._modules import (
     Selection,
-    aligned,
+    blamed_on,
     check_model,
     has_hooks,
     replaced,
     selector,
 )
 from ._rules import whole_model
+from ._table import table
 from ._tensor_linear import Split, TuckerTensorLinear, split_of
+from ._transposed import TuckerConvTranspose1d, TuckerConvTranspose2d, TuckerConvTranspose3d
 
 __all__ = ["Factorization", "FactorizedLayer", "densify", "factorize", "plan"]
 
@@ -41,26 +44,32 @@ _TUCKER: dict[type[nn.Module], type[TuckerModule]] = {
     nn.Conv1d: TuckerConv1d,
     nn.Conv2d: TuckerConv2d,
     nn.Conv3d: TuckerConv3d,
+    nn.ConvTranspose1d: TuckerConvTranspose1d,
+    nn.ConvTranspose2d: TuckerConvTranspose2d,
+    nn.ConvTranspose3d: TuckerConvTranspose3d,
+    nn.Embedding: TuckerEmbedding,
 }
 _TYPES = tuple(_TUCKER)
+_Splits: TypeAlias = dict[nn.Module, TuckerMultiheadAttention]
 
 
 @dataclass(frozen=True)
 class FactorizedLayer:
-    """What happens, or happened, to one layer: a row of the table.
+    """What happens, or happened, to one weight: a row of the table.
 
     Parameters
     ----------
     names : tuple of str
-        Dotted names in the model, several if the module is shared; the root's name is "".
+        Dotted names of its layers in the model, several if a layer is shared or the weight tied;
+        the root's name is "".
     type : str
-        Name of the dense layer's class.
+        Name of the dense layer's class; several are joined by " = ".
     shape : tuple of int
         Shape of the weight; empty if it has none yet.
     ranks : tuple of int, optional
         Ranks of the Tucker layer; None if the layer stays dense.
     before, after : int
-        Parameters, bias included.
+        Parameters, biases included.
     reason : str
         Why the layer stays dense; empty if it does not.
     """
@@ -86,7 +95,8 @@ class Factorization:
     Parameters
     ----------
     layers : tuple of FactorizedLayer
-        All layers of the wanted types, in the order of the model, replaced or not.
+        All layers of the wanted types, in the order of the model, replaced or not; those that share
+        a weight in one.
     before, after : int
         Parameters of the whole model, each counted once.
     unmatched : tuple of str
@@ -104,14 +114,11 @@ class Factorization:
         done = [layer for layer in self.layers if layer.ranks is not None]
         sums = (sum(layer.before for layer in done), sum(layer.after for layer in done))
         replaced = f"{len(done)} of {len(self.layers)} layers"
-        rows = [head, *map(_cells, self.layers)]
-        rows.append((replaced, "", "", "", *_counts(*sums)))
-        rows.append(("whole model", "", "", "", *_counts(self.before, self.after)))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(head) - 1)]
-        lines = [aligned(row, widths) for row in rows]
-        rule = "-" * max(map(len, lines))
+        rows = [_cells(layer) for layer in self.layers]
+        whole = ("whole model", "", "", "", *_counts(self.before, self.after))
+        text = table(head, rows, [(replaced, "", "", "", *_counts(*sums)), whole])
         notes = [f"note: the pattern {text!r} matches no layer" for text in self.unmatched]
-        return "\n".join([lines[0], rule, *lines[1:-2], rule, *lines[-2:], *notes])
+        return "\n".join([text, *notes])
 
 
 def plan(
@@ -143,7 +150,7 @@ def plan(
     2 of 2 layers                              7,090  2,138  30.2 %
     whole model                                7,090  2,138  30.2 %
     """
-    candidates = _survey(model, ranks, types, include, exclude, tensorise)
+    candidates, _ = _survey(model, ranks, types, include, exclude, tensorise)
     return _summary(model, candidates, (ranks, include, exclude, tensorise))
 
 
@@ -164,9 +171,17 @@ def factorize(
     replaced. Everything is computed before anything is replaced. Biases stay the same
     Parameter objects; the weights are new parameters, so build the optimizer afterwards.
 
-    A layer stays dense, and the table says why, if it would not shrink, if its weight is used
-    elsewhere (tied) or computed from other parameters, if it has hooks, which its successor
-    would lack, or if it is of a subclass, which may do more than its base.
+    Layers that share a weight (an embedding and the output layer of a language model, say) stay
+    tied: they get the same core and factors, and are one row of the table.
+
+    ``nn.MultiheadAttention`` becomes a `TuckerMultiheadAttention` if one of its four projections
+    is replaced; in the table, in patterns and for rules these are layers of their own, ``q_proj``,
+    ``k_proj``, ``v_proj`` and ``out_proj``, and their biases new parameters.
+
+    A layer stays dense, and the table says why, if it would not shrink, if its weight is a
+    parameter elsewhere too or computed from other parameters, if it has hooks, which its successor
+    would lack, if it is of a subclass, which may do more than its base, or an embedding with
+    ``max_norm`` or ``sparse``. Of layers that share a weight all stay dense, or none.
 
     Parameters
     ----------
@@ -178,18 +193,19 @@ def factorize(
         A rule that weighs layers against each other sees all of its layers together. A budget
         is one for the whole model (in parameters or bytes); in a mapping, for its layers.
     types : iterable of type
-        Among ``nn.Linear``, ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d`` (default: all).
+        Among ``nn.Linear``, ``nn.Embedding``, ``nn.ConvNd`` and ``nn.ConvTransposeNd`` in one to
+        three dimensions (default: all).
     include, exclude : str, sequence of str, or callable, optional
         Which layers: patterns with the wildcards of `fnmatch` for the dotted name, or a
-        predicate ``(name, module) -> bool``. Default: all, and none. A shared layer is
+        predicate ``(name, module) -> bool``. Default: all, and none. A shared layer or weight is
         matched if one of its names is.
     tensorise : int, pair, or mapping from pattern to one of these, optional
         Linear layers whose matrix is reshaped to a tensor of higher order and become a
         `TuckerTensorLinear`: into how many factors, as near to one another as can be, the sizes of
         output and input are split, or a pair ``(out_shape, in_shape)`` of such numbers or of
         shapes, say ``((10, 80), (20, 25))`` for 800 and 500. In a mapping the first pattern that
-        matches a name counts. A layer that no pattern names, or whose sizes are prime, stays a
-        matrix; so do all by default.
+        matches a name counts. A layer that no pattern names, whose sizes are prime, or that has its
+        weight in common with an embedding, stays a matrix; so do all by default.
     rescale : bool, optional
         Whether truncated weights are scaled up towards the norm of the dense ones instead of
         being the nearest to them. By default those are that are untrained: the HOSVD of noise
@@ -218,12 +234,23 @@ def factorize(
     >>> model[2].ranks
     (12, 12, 3, 3)
     """
-    candidates = _survey(model, ranks, types, include, exclude, tensorise)
+    candidates, splits = _survey(model, ranks, types, include, exclude, tensorise)
     summary = _summary(model, candidates, (ranks, include, exclude, tensorise))
-    successors = {c.module: c.successor(rescale) for c in candidates if c.ranks is not None}
+    chosen = [candidate for candidate in candidates if candidate.ranks is not None]
+    layers = dict(chain.from_iterable(c.successors(rescale) for c in chosen))
     if verbose:
         print(summary)
-    return _swap(model, successors)
+    attentions = {
+        old: _swap(split, layers)
+        for old, split in splits.items()
+        if any(child in layers for child in split.children())
+    }
+    for encoder in model.modules():  # whose path with nested tensors would read joint weights
+        if isinstance(encoder, nn.TransformerEncoder) and not attentions.keys().isdisjoint(
+            encoder.modules()
+        ):
+            encoder.use_nested_tensor = False
+    return _swap(model, {**layers, **attentions})
 
 
 def densify(model: _Model) -> _Model | nn.Module:
@@ -237,7 +264,8 @@ def densify(model: _Model) -> _Model | nn.Module:
     Returns
     -------
     nn.Module
-        The model, or the dense layer in its place. Biases stay the same Parameter objects.
+        The model, or the dense layer in its place. Biases stay the same Parameter objects, and
+        tied layers have one weight.
 
     Raises
     ------
@@ -253,26 +281,41 @@ def densify(model: _Model) -> _Model | nn.Module:
     """
     check_model(model)
     layers = [module for module in model.modules() if isinstance(module, TuckerModule)]
-    return _swap(model, {layer: layer.to_dense() for layer in layers})
+    dense: dict[nn.Module, Any] = {layer: layer.to_dense() for layer in layers}
+    weights: dict[Any, nn.Parameter] = {}
+    for layer in layers:
+        key = layer.core, layer.weight_shape
+        dense[layer].weight = weights.setdefault(key, dense[layer].weight)
+    attentions = [m for m in model.modules() if isinstance(m, TuckerMultiheadAttention)]
+    dense |= {attention: attention.to_dense() for attention in attentions}
+    return _swap(model, dense)
 
 
 @dataclass
 class _Candidate:
-    """A layer of a wanted type on its way to a decision."""
+    """A weight in one layer of a wanted type, or in several, on its way to a decision."""
 
-    module: Any
-    names: list[str] = field(default_factory=list)
+    layers: dict[nn.Module, list[str]] = field(default_factory=dict)  # with their names
     # the decision: ranks, with the decomposed weight where that chose them, or why none
     ranks: tuple[int, ...] | None = None
     point: gt.TuckerPoint | None = None
     reason: str = ""
     # what the weight is reshaped to, if it is
-    split: Split | None = None
+    reshaped: Split | None = None
+
+    @property
+    def module(self) -> Any:
+        """The first layer, which stands for all where only the weight counts."""
+        return next(iter(self.layers))
+
+    @property
+    def names(self) -> list[str]:
+        return list(chain.from_iterable(self.layers.values()))
 
     @property
     def shape(self) -> tuple[int, ...]:
-        if self.split is not None:
-            return (*self.split[0], *self.split[1])
+        if self.reshaped is not None:
+            return (*self.reshaped[0], *self.reshaped[1])
         weight = self.module._parameters.get("weight")
         return () if weight is None or nn.parameter.is_lazy(weight) else tuple(weight.shape)
 
@@ -285,18 +328,23 @@ class _Candidate:
             verb = "grow" if size > dense else "not shrink"
             self.reason = f"would {verb}: {size:,} for {dense:,} weights at ranks {ranks}"
 
-    def successor(self, rescale: bool | None) -> TuckerModule:
-        """Build the layer that takes the place of this one."""
-        kind: Any = _TUCKER[type(self.module)]
-        shapes: dict[str, Any] = {}
-        if self.split is not None:
-            kind = TuckerTensorLinear
-            shapes = {"out_shape": self.split[0], "in_shape": self.split[1]}
-        if self.point is not None:
-            return kind._from_point(self.module, self.point, rescale, **shapes)
-        assert self.ranks is not None
-        with _blamed_on(self):
-            return kind.from_dense(self.module, self.ranks, rescale=rescale, **shapes)
+    def successors(self, rescale: bool | None) -> Iterator[tuple[nn.Module, TuckerModule]]:
+        """Build the layers that take the place of these, tied as these are."""
+        first, shapes = None, {}
+        if self.reshaped is not None:
+            shapes = dict(zip(("out_shape", "in_shape"), self.reshaped, strict=True))
+        for layer in self.layers:
+            kind: Any = TuckerTensorLinear if shapes else _TUCKER[type(layer)]
+            if first is not None:
+                new = kind._from_point(layer, first.point, **shapes)
+                new.tie(first)
+            elif self.point is not None:
+                first = new = kind._from_point(layer, self.point, rescale, **shapes)
+            else:
+                assert self.ranks is not None
+                with blamed_on(self.names[0]):
+                    first = new = kind.from_dense(layer, self.ranks, rescale=rescale, **shapes)
+            yield layer, new
 
 
 def _survey(
@@ -306,35 +354,40 @@ def _survey(
     include: Selection,
     exclude: Selection,
     tensorise: Any,
-) -> list[_Candidate]:
-    """Find all layers of the wanted types and decide about each."""
+) -> tuple[list[_Candidate], _Splits]:
+    """Find all layers of the wanted types and decide about each.
+
+    Returned with the attention modules that have layers only when they are split.
+    """
     check_model(model)
     kinds = _checked_types(types)
     included, excluded = selector("include", include, True), selector("exclude", exclude, False)
-    rules, splits = _checked_rules(ranks), _checked_splits(tensorise)
+    rules, requests = _checked_rules(ranks), _checked_requests(tensorise)
     owners = _owners(model)
-    candidates = _candidates(model, kinds)
+    splits = _splits(model, owners) if nn.Linear in kinds else {}
+    candidates = _candidates(model, kinds, splits)
     wanted: dict[str, list[_Candidate]] = {pattern: [] for pattern in rules}
     for candidate in candidates:
-        names, module = candidate.names, candidate.module
-        patterns = [p for p in rules if any(fnmatchcase(name, p) for name in names)]
-        if not any(included(name, module) for name in names):
+        named = [(name, layer) for layer, names in candidate.layers.items() for name in names]
+        patterns = [p for p in rules if any(fnmatchcase(name, p) for name, _ in named)]
+        if not any(included(name, layer) for name, layer in named):
             candidate.reason = "not included"
-        elif any(excluded(name, module) for name in names):
+        elif any(excluded(name, layer) for name, layer in named):
             candidate.reason = "excluded"
         elif not patterns:
             candidate.reason = "no pattern of ranks matches"
         else:
-            candidate.reason = _obstacle(module, kinds, owners)
+            reasons = (_obstacle(layer, kinds) for layer in candidate.layers)
+            candidate.reason = next(filter(None, reasons), "") or _tie(candidate, owners)
             if not candidate.reason:
-                candidate.split = _split(candidate, splits)
+                candidate.reshaped = _reshaped(candidate, requests)
                 wanted[patterns[0]].append(candidate)
     for pattern, chosen in wanted.items():
         if isinstance(ranks, gt.Budget):
             _share(chosen, ranks, model)
         else:
             _decide(chosen, rules[pattern])
-    return candidates
+    return candidates, splits
 
 
 def _share(candidates: list[_Candidate], budget: gt.Budget, model: nn.Module) -> None:
@@ -354,22 +407,22 @@ def _share(candidates: list[_Candidate], budget: gt.Budget, model: nn.Module) ->
         pairs = shrinking
 
 
-def _split(candidate: _Candidate, splits: Mapping[str, Any]) -> Split | None:
-    """Return what a layer is reshaped to, by the first pattern that names it."""
-    if type(candidate.module) is not nn.Linear:
+def _reshaped(candidate: _Candidate, requests: Mapping[str, Any]) -> Split | None:
+    """Return what a weight of linear layers is reshaped to, by the first pattern that names one."""
+    if any(type(layer) is not nn.Linear for layer in candidate.layers):
         return None
-    named = (p for p in splits if any(fnmatchcase(name, p) for name in candidate.names))
+    named = (p for p in requests if any(fnmatchcase(name, p) for name in candidate.names))
     pattern = next(named, None)
     if pattern is None:
         return None
-    with _blamed_on(candidate):
+    with blamed_on(candidate.names[0]):
         rows, columns = candidate.module.weight.shape
-        split = split_of((rows, columns), splits[pattern])
-    return split if len(split[0]) + len(split[1]) > 2 else None
+        shapes = split_of((rows, columns), requests[pattern])
+    return shapes if len(shapes[0]) + len(shapes[1]) > 2 else None
 
 
 def _decomposed(candidate: _Candidate, rule: gt.RankRule) -> gt.TuckerPoint:
-    with _blamed_on(candidate):
+    with blamed_on(candidate.names[0]):
         return decompose(candidate.module.weight.reshape(candidate.shape), rule)
 
 
@@ -377,7 +430,7 @@ def _decide(candidates: list[_Candidate], rule: gt.RankRule) -> None:
     """Choose ranks by one rule; singular values are computed only if the rule asks for them."""
     if isinstance(rule, gt.Fixed):
         for candidate in candidates:
-            with _blamed_on(candidate):
+            with blamed_on(candidate.names[0]):
                 candidate.decide(rule.for_shape(candidate.shape))
         return
     # A rule that is not per mode may weigh tensors against each other: it sees all at once.
@@ -390,16 +443,38 @@ def _decide(candidates: list[_Candidate], rule: gt.RankRule) -> None:
         candidate.point = point
 
 
-def _candidates(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[_Candidate]:
-    found: dict[nn.Module, _Candidate] = {}
+def _splits(model: nn.Module, owners: Counter[nn.Parameter]) -> _Splits:
+    """Return what attention modules of PyTorch are split into, where nothing of them is tied."""
+    found: _Splits = {}
+    for module in model.modules():
+        split = split_attention(module)
+        if split is not None and all(owners[p] == 1 for p in module.parameters()):
+            found[module] = split
+    return found
+
+
+def _candidates(
+    model: nn.Module, kinds: tuple[type[nn.Module], ...], splits: _Splits
+) -> list[_Candidate]:
+    found: dict[nn.Module | nn.Parameter, _Candidate] = {}
+
+    def add(name: str, module: nn.Module) -> None:
+        weight = module._parameters.get("weight")
+        key = module if weight is None or nn.parameter.is_lazy(weight) else weight
+        found.setdefault(key, _Candidate()).layers.setdefault(module, []).append(name)
+
+    inside = {child for attention in splits for child in attention.children()}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, kinds):
-            found.setdefault(module, _Candidate(module)).names.append(name)
+        if module in splits:
+            for part, layer in splits[module].named_children():
+                add(f"{name}.{part}" if name else part, layer)
+        elif isinstance(module, kinds) and module not in inside:
+            add(name, module)
     return list(found.values())
 
 
 def _owners(model: nn.Module) -> Counter[nn.Parameter]:
-    """Count the places where each parameter is kept; at two or more it is tied."""
+    """Count the places where each parameter is kept."""
     return Counter(
         parameter
         for module in model.modules()
@@ -408,9 +483,14 @@ def _owners(model: nn.Module) -> Counter[nn.Parameter]:
     )
 
 
-def _obstacle(
-    module: nn.Module, kinds: tuple[type[nn.Module], ...], owners: Counter[nn.Parameter]
-) -> str:
+def _tie(candidate: _Candidate, owners: Counter[nn.Parameter]) -> str:
+    """Say what keeps the layers dense if others have their weight too."""
+    if owners[candidate.module.weight] > len(candidate.layers):
+        return "its weight is tied to another parameter"
+    return ""
+
+
+def _obstacle(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> str:
     """Say what keeps a layer dense at any ranks; nothing if it may be replaced."""
     weight = module._parameters.get("weight")
     if weight is None:
@@ -419,16 +499,18 @@ def _obstacle(
         return "lazy: it has no shape before its first forward pass"
     if type(module) not in kinds:
         return "a subclass, which may need the weight itself"
-    if owners[weight] > 1:
-        return "its weight is tied to another parameter"
     if not weight.is_floating_point():
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
     if weight.numel() == 0:
         return "its weight is empty"
     if has_hooks(module):
         return "it has hooks, which a new layer would lack"
-    if {*module._parameters, *module._buffers, *module._modules} != {"weight", "bias"}:
+    if not {*module._parameters, *module._buffers, *module._modules} <= {"weight", "bias"}:
         return "it holds more than weight and bias"
+    if getattr(module, "max_norm", None) is not None:
+        return "max_norm, which changes the weight in every lookup"
+    if getattr(module, "sparse", False):
+        return "sparse gradients, which cores do not have"
     return ""
 
 
@@ -448,13 +530,14 @@ def _summary(
 
 
 def _row(candidate: _Candidate) -> FactorizedLayer:
-    before = after = _count(candidate.module.parameters(recurse=False))
+    parameters = (p for layer in candidate.layers for p in layer.parameters(recurse=False))
+    before = after = _count(dict.fromkeys(parameters))
     shape, ranks = candidate.shape, candidate.ranks
     if ranks is not None:
         after += _tucker_size(shape, ranks) - math.prod(shape)
-    kind = type(candidate.module).__name__
+    kinds = dict.fromkeys(type(layer).__name__ for layer in candidate.layers)
     names = tuple(candidate.names)
-    return FactorizedLayer(names, kind, shape, ranks, before, after, candidate.reason)
+    return FactorizedLayer(names, " = ".join(kinds), shape, ranks, before, after, candidate.reason)
 
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:
@@ -479,17 +562,9 @@ def _counts(before: int, after: int, reason: str = "") -> tuple[str, str, str]:
 def _swap(model: nn.Module, successors: Mapping[nn.Module, nn.Module]) -> Any:
     """Put each successor, with the old bias, wherever its predecessor is; return the model."""
     for old, new in successors.items():
-        new.bias = old.bias
+        if "bias" in old._parameters and "bias" in new._parameters:
+            new.bias = old.bias
     return replaced(model, successors)
-
-
-@contextmanager
-def _blamed_on(candidate: _Candidate) -> Iterator[None]:
-    """Name the layer in the errors of the core, which sees only a tensor."""
-    try:
-        yield
-    except gt.GeotuckerError as error:
-        raise type(error)(f"layer {candidate.names[0]!r}: {error}") from error
 
 
 def _checked_types(types: Any) -> tuple[type[nn.Module], ...]:
@@ -511,7 +586,7 @@ def _checked_rules(ranks: Any) -> dict[str, gt.RankRule]:
     return rules
 
 
-def _checked_splits(tensorise: Any) -> dict[str, Any]:
+def _checked_requests(tensorise: Any) -> dict[str, Any]:
     """Return the requests to tensorise by pattern, in their order; their sizes are not checked."""
     requests = tensorise if isinstance(tensorise, Mapping) else {"*": tensorise}
     for pattern, wanted in requests.items():

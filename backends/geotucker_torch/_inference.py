@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ._layers import TuckerConv2d, TuckerModule
-from ._modules import aligned, check_model, replaced
+from ._modules import check_model, replaced
 from ._plain import (
     obstacle,
     parts,
@@ -35,10 +35,13 @@ from ._plain import (
     weight_readers,
 )
 from ._plan import CONTRACTIONS
+from ._table import table
+from ._transposed import TuckerConvTranspose2d
 
 __all__ = ["Inference", "InferenceLayer", "candidates", "optimize_for_inference"]
 
 DENSE = "dense"
+_OF_IMAGES = (TuckerConv2d, TuckerConvTranspose2d)
 # Shorter differences are noise: of two candidates so close the smaller one is taken.
 _TIE = 1.03
 # One reading of the clock covers at least so many seconds, which it resolves well.
@@ -98,12 +101,8 @@ class Inference:
         """Return the table as plain text."""
         head = ("layer", "type", "shape", "ranks", "dense ms", "factored ms", "chosen")
         whole = (_milliseconds(self.seconds.get(name)) for name in (DENSE, self.chosen))
-        rows = [head, *map(_cells, self.layers)]
-        rows.append(("whole model", "", "", "", *whole, self.chosen))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(head) - 1)]
-        lines = [aligned(row, widths) for row in rows]
-        rule = "-" * max(map(len, lines))
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+        sums = ("whole model", "", "", "", *whole, self.chosen)
+        return table(head, [_cells(layer) for layer in self.layers], [sums])
 
 
 def optimize_for_inference(
@@ -271,7 +270,7 @@ def _optimised(model: nn.Module, arguments: Arguments, repeats: int) -> tuple[nn
         return model, Inference((), {}, "as it is")
     _call(copy.deepcopy(model), arguments)()  # the model's own error, if it takes no such example
     versions = _versions(model, layers, arguments, repeats, channels_last=False)
-    if any(isinstance(layer, TuckerConv2d) for layer in layers.values()):
+    if any(isinstance(layer, _OF_IMAGES) for layer in layers.values()):
         with suppress(RuntimeError):  # the model may take views that contiguous images allow
             versions += _versions(model, layers, arguments, repeats, channels_last=True)
     models = {v.title: v.build(model) for v in versions}

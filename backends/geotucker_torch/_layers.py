@@ -12,8 +12,9 @@ import geotucker as gt
 from geotucker._tensor import pad
 
 from ._contract import contract, dense_weight, without_autocast
-from ._lift import Extension, lifting
-from ._maps import ConvMap, LinearMap
+from ._lift import lifting
+from ._lifted import Extension, Lift, Use
+from ._maps import ConvMap, LayerMap, LinearMap
 from ._plan import Sizes
 from ._point import own_parameter, read_point, write_point
 from ._tensor_plan import TensorSizes
@@ -24,6 +25,10 @@ __all__ = [
     "TuckerConv3d",
     "TuckerLinear",
     "TuckerModule",
+    "check_convolution",
+    "check_count",
+    "check_sizes",
+    "convolution_repr",
     "decompose",
     "rescaled",
     "tucker_state",
@@ -31,14 +36,24 @@ __all__ = [
 
 _Layer = TypeVar("_Layer", bound="TuckerModule")
 _ORDER: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+# What the axes of a kernel are called, by their number.
+_KERNEL = ((), ("width",), ("height", "width"), ("depth", "height", "width"))
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+def _of_lift(name: str) -> Any:
+    """Return an attribute that tied layers share."""
+    return property(
+        lambda layer: getattr(layer._lift, name),
+        lambda layer, value: setattr(layer._lift, name, value),
+    )
 
 
 class TuckerModule(nn.Module):
     """Base of all layers whose weight is ``W = core x_1 U_1 ... x_d U_d``.
 
-    Axes are those of the dense layer's weight: ``(out, in)``, or ``(out, in / groups, k_1,
-    ...)``. The factors have orthonormal columns. They are parameters, and so are saved, moved
+    Axes are those of the dense layer's weight, for instance ``(out, in)``, or ``(out, in / groups,
+    k_1, ...)``. The factors have orthonormal columns. They are parameters, and so are saved, moved
     and counted, but they ask for no gradient: bases are moved by an optimizer that knows the
     geometry, never descended on. Shapes and ranks are read off the parameters, so that they
     are right after every change of rank.
@@ -49,52 +64,49 @@ class TuckerModule(nn.Module):
         Trained as any weight.
     factors : nn.ParameterList of shapes (n_i, r_i)
         Orthonormal bases of the modes, with ``requires_grad=False``.
-    bias : nn.Parameter of shape (n_1,), or None
+    bias : nn.Parameter, or None
         As in the dense layer.
     """
 
     dense_type: ClassVar[type[Any]]
     # Arguments of the constructor that the dense layer shares, also the names of attributes.
     _options: ClassVar[tuple[str, ...]]
+    _takes_bias: ClassVar[bool] = True
+    # What the first two axes of the weight are.
+    _axes: ClassVar[tuple[str, str]] = ("out", "in")
+    # Of the entries of a dense layer's weight at the start; None: 1 / (3 fan_in).
+    _start_variance: ClassVar[float | None] = None
 
     core: nn.Parameter
     factors: nn.ParameterList
     bias: nn.Parameter | None
 
-    # Set by an optimizer: the next backward pass shall extend the bases, and how (see `_lift`).
-    armed: bool
-    extension: Extension
-    # Of the loss whose gradients it has, as against the gradients that the optimizer steps with.
-    loss_scale: Tensor | float
-    # The point before that happened, until a step is taken or the gradients are reset, and the
-    # Q_i of Mat_i(C)^T = Q_i S_i^T of its incomplete modes; the largest entry of the gradient that
-    # it left then, and the version of the core that it wrote.
-    narrow: gt.TuckerPoint | None
-    right: Sequence[Tensor | None] | None
-    lifted_norm: Tensor | None
-    _lifted_version: int
+    # Shared by layers that are tied; what its attributes are is said there.
+    _lift: Lift
+    armed: bool = _of_lift("armed")
+    extension: Extension = _of_lift("extension")
+    loss_scale: Tensor | float = _of_lift("loss_scale")
+    narrow: gt.TuckerPoint | None = _of_lift("narrow")
+    right: Sequence[Tensor | None] | None = _of_lift("right")
+    lifted_norm: Tensor | None = _of_lift("lifted_norm")
+    uses: int = _of_lift("uses")
+    waiting: dict[int, list[Use]] = _of_lift("waiting")
     # Of the last pass that could extend the bases.
     sizes: Sizes | TensorSizes | None
-    # How many of the modes, from the first, are the output's.
-    out_modes: int
 
     def __init__(
         self,
         shape: Sequence[int],
         ranks: Any,
-        bias: bool,
+        bias_size: int | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
-        out_modes: int = 1,
     ) -> None:
         sizes = _ranks_for(ranks, shape)
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype: expected a real floating dtype, got {dtype}")
         super().__init__()
-        self.out_modes = out_modes
-        self.armed, self.extension, self.loss_scale = False, Extension(), 1.0
-        self.narrow, self.right, self.lifted_norm, self.sizes = None, None, None, None
-        self._lifted_version = 0
+        self._lift, self.sizes = Lift(), None
         like = {"device": device, "dtype": dtype}
         self.core = nn.Parameter(torch.empty(sizes, **like))
         self.factors = nn.ParameterList(
@@ -102,7 +114,7 @@ class TuckerModule(nn.Module):
             for n, r in zip(shape, sizes, strict=True)
         )
         self.register_parameter(
-            "bias", nn.Parameter(torch.empty(self.weight_shape[0], **like)) if bias else None
+            "bias", None if bias_size is None else nn.Parameter(torch.empty(bias_size, **like))
         )
         self.reset_parameters()
 
@@ -113,8 +125,8 @@ class TuckerModule(nn.Module):
         The factors are Q of the QR decomposition of Gaussian matrices, so that the mean of
         ``U_i[n, r]^2`` is ``1 / n_i``. With independent core entries of variance s^2 an entry
         of W has variance ``s^2 prod r_i / n_i``. PyTorch's dense layers start with variance
-        ``1 / (3 fan_in)``, where fan_in is the number of weights behind one output, hence
-        ``s^2 = prod (n_i / r_i) / (3 fan_in)``. The bias is uniform in
+        ``1 / (3 fan_in)``, where fan_in is the number of weights in one slice along the first
+        axis, hence ``s^2 = prod (n_i / r_i) / (3 fan_in)``. The bias is uniform in
         ``(-1 / sqrt(fan_in), 1 / sqrt(fan_in))``, as PyTorch's.
         """
         if self.core.is_meta:
@@ -125,7 +137,8 @@ class TuckerModule(nn.Module):
             wide = torch.promote_types(factor.dtype, torch.float32)  # half has no QR
             gaussian = torch.randn(factor.shape, dtype=wide, device=factor.device)
             factor.copy_(torch.linalg.qr(gaussian)[0])
-        variance = math.prod(shape) / math.prod(self.ranks) / (3 * fan_in)
+        dense = self._start_variance or 1 / (3 * fan_in)
+        variance = dense * math.prod(shape) / math.prod(self.ranks)
         self.core.normal_(0.0, math.sqrt(variance))
         if self.bias is not None:
             self.bias.uniform_(-1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
@@ -159,7 +172,8 @@ class TuckerModule(nn.Module):
         TypeError
             If `layer` is not of type `dense_type`, or lazy and without a shape so far.
         ValueError
-            If the weight is computed from other parameters (weight norm, pruning ...).
+            If the weight is computed from other parameters (weight norm, pruning ...), or the layer
+        has options that the Tucker layer lacks.
         geotucker.NonFiniteError
             If the weight has NaN or infinite entries.
         geotucker.RankError
@@ -191,9 +205,11 @@ class TuckerModule(nn.Module):
         weight = cls._weight_of(layer)
         point = rescaled(point, weight, rescale)
         arguments = arguments or {name: getattr(layer, name) for name in cls._options}
-        bias: Any = layer.bias
+        bias = layer._parameters.get("bias")
+        if cls._takes_bias:
+            arguments["bias"] = bias is not None
         # On the meta device nothing is drawn: the state of the random generators stays.
-        new = cls(**arguments, ranks=1, bias=bias is not None, device="meta")
+        new = cls(**arguments, ranks=1, device="meta")
         new.core = own_parameter(point.core.to(weight.dtype), weight.requires_grad)
         new.factors = nn.ParameterList(
             own_parameter(factor.to(weight.dtype), False) for factor in point.factors
@@ -201,6 +217,10 @@ class TuckerModule(nn.Module):
         if bias is not None:
             new.bias = own_parameter(bias, bias.requires_grad)
         return new.train(layer.training)
+
+    @classmethod
+    def check_dense(cls, layer: nn.Module) -> None:
+        """Raise ValueError if a layer of type `dense_type` has options that this one lacks."""
 
     @classmethod
     def _weight_of(cls, layer: nn.Module) -> nn.Parameter:
@@ -217,6 +237,7 @@ class TuckerModule(nn.Module):
                 "pruning); make that permanent first, for instance with "
                 "torch.nn.utils.parametrize.remove_parametrizations"
             )
+        cls.check_dense(layer)
         if nn.parameter.is_lazy(weight):
             raise TypeError(
                 f"layer: expected a layer with a shape, got {_title(type(layer))} before its "
@@ -226,20 +247,22 @@ class TuckerModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the dense layer's map, by contraction of core and factors."""
-        # Who has written into a lifted core by hand wants to see it used.
-        extends = self.armed or (self.narrow is not None and self._untouched)
-        if extends and self.core.requires_grad and torch.is_grad_enabled():
-            return self._lifting(x)
-        return self._contract(x)
+        return self._apply_map(self.map, x)
 
-    def _lifting(self, x: Tensor) -> Tensor:
-        return lifting(self, x)
-
-    def _contract(self, x: Tensor) -> Tensor:
-        return contract(self.map, x, self.core, list(self.factors), self.bias)
+    def _apply_map(self, layer_map: LayerMap, x: Tensor) -> Tensor:
+        if self._lifts:
+            return lifting(self, layer_map, x)
+        return contract(layer_map, x, self.core, list(self.factors), self.bias)
 
     @property
-    def map(self) -> LinearMap | ConvMap:
+    def _lifts(self) -> bool:
+        """Whether the backward of a pass that is made now brings its gradient by `_lift`."""
+        # Who has written into a lifted core by hand wants to see it used.
+        extends = self.armed or (self.narrow is not None and self._untouched)
+        return extends and self.core.requires_grad and torch.is_grad_enabled()
+
+    @property
+    def map(self) -> LayerMap:
         """The linear maps that the layer is a chain of."""
         raise NotImplementedError
 
@@ -258,11 +281,46 @@ class TuckerModule(nn.Module):
         Conv1d(2, 4, kernel_size=(3,), stride=(1,), padding=(1,))
         """
         arguments = {name: getattr(self, name) for name in self._options}
-        dense = self.dense_type(**arguments, bias=self.bias is not None, device="meta")
+        if self._takes_bias:
+            arguments["bias"] = self.bias is not None
+        dense = self.dense_type(**arguments, device="meta")
         dense.weight = own_parameter(self.dense_weight(), self.core.requires_grad)
         if self.bias is not None:
             dense.bias = own_parameter(self.bias, self.bias.requires_grad)
         return dense.train(self.training)
+
+    def tie(self, other: "TuckerModule") -> None:
+        """Use the core and factors of another layer, the same objects, from now on.
+
+        Both train them then: gradients of both uses add up in the core, and extend the bases
+        together. Build optimizers afterwards. `factorize` ties layers whose dense weight is one.
+
+        Parameters
+        ----------
+        other : TuckerModule
+            Of any kind, with a weight of the same shape.
+
+        Raises
+        ------
+        TypeError
+            If `other` is no Tucker layer.
+        geotucker.ShapeError
+            If its weight has another shape.
+
+        Examples
+        --------
+        >>> encoder, decoder = TuckerLinear(6, 4, ranks=2), TuckerLinear(6, 4, ranks=3)
+        >>> decoder.tie(encoder)
+        >>> decoder.core is encoder.core, decoder.ranks
+        (True, (2, 2))
+        """
+        if not isinstance(other, TuckerModule):
+            raise TypeError(f"other: expected a Tucker layer, got {type(other).__name__}")
+        if other.shape != self.shape:
+            raise gt.ShapeError(
+                f"other: expected a layer with a weight of shape {self.shape}, got {other.shape}"
+            )
+        self.core, self.factors, self._lift = other.core, other.factors, other._lift
 
     def dense_weight(self) -> Tensor:
         """Return W in full, differentiable in core and factors, formed in float32 at least."""
@@ -287,6 +345,11 @@ class TuckerModule(nn.Module):
         return self.shape
 
     @property
+    def mode_names(self) -> tuple[str, ...]:
+        """What the modes are called: "out", "in", "height", ..."""
+        return (*self._axes, *_KERNEL[len(self.shape) - 2])
+
+    @property
     def ranks(self) -> tuple[int, ...]:
         """Shape (r_1, ..., r_d) of the core."""
         return tuple(self.core.shape)
@@ -300,6 +363,12 @@ class TuckerModule(nn.Module):
     def point(self) -> gt.TuckerPoint:
         """Core and factors outside any graph; they share their memory with the parameters."""
         return read_point(self.core, self.factors)
+
+    @property
+    def settled_point(self) -> gt.TuckerPoint:
+        """The point without a lift that no step has used; the weight is the same."""
+        # Who has written into a lifted core by hand has made that point the layer's.
+        return self.narrow if self.narrow is not None and self._untouched else self.point
 
     @torch.no_grad()
     def lift(
@@ -316,11 +385,11 @@ class TuckerModule(nn.Module):
         if grad is not None:
             self.core.grad = pad(grad, wide.ranks)
         self.narrow, self.right, self.armed = narrow, right, False
-        self._lifted_version = self.core._version
+        self._lift.version, self.uses = self.core._version, 0
 
     @property
     def _untouched(self) -> bool:
-        return self.core._version == self._lifted_version
+        return self.core._version == self._lift.version
 
     def lift_state(self) -> tuple[Any, ...]:
         """Return what `restore_lift` needs, parameters aside."""
@@ -331,7 +400,7 @@ class TuckerModule(nn.Module):
         """Go back to a state of `lift_state`; the parameters are those of that moment again."""
         *record, untouched = state
         self.armed, self.narrow, self.right, self.lifted_norm, self.loss_scale = record
-        self._lifted_version = self.core._version if untouched else -1
+        self._lift.version = self.core._version if untouched else -1
 
     def settle(self) -> None:
         """Make a lift final; the core's gradient is the one that the step is taken with."""
@@ -339,9 +408,11 @@ class TuckerModule(nn.Module):
             norm = self.core.grad.abs().amax()
             self.loss_scale = torch.where(norm > 0, self.lifted_norm / norm, 1.0)
         self.narrow = self.right = self.lifted_norm = None
+        self._lift.forget_uses()
 
     def unlift(self) -> None:
         """Take a lift back that no step has used, and its gradient; the weight is unchanged."""
+        self._lift.forget_uses()
         if self.narrow is not None:
             write_point(self.core, self.factors, self.narrow)
             self.narrow, self.right, self.armed = None, None, True
@@ -349,10 +420,11 @@ class TuckerModule(nn.Module):
     def extra_repr(self) -> str:
         """Return the options, as the dense layer would, and the ranks."""
         size, dense = self.point.size, math.prod(self.shape)
-        return (
-            f"{self._options_repr()}, bias={self.bias is not None}, ranks={self.ranks}, "
-            f"weight parameters {size:,} of {dense:,}"
-        )
+        shown = [self._options_repr()]
+        if self._takes_bias:
+            shown.append(f"bias={self.bias is not None}")
+        shown += [f"ranks={self.ranks}", f"weight parameters {size:,} of {dense:,}"]
+        return ", ".join(shown)
 
     def _options_repr(self) -> str:
         raise NotImplementedError
@@ -364,8 +436,8 @@ class TuckerModule(nn.Module):
         computed again; the optimizer's state fits that point, as it has not seen the lift either.
         """
         state = super().state_dict(*args, **kwargs)
-        if self.narrow is not None and self._untouched and not kwargs.get("keep_vars"):
-            state.update(tucker_state(self.narrow, kwargs.get("prefix", "")))
+        if self.narrow is not None and not kwargs.get("keep_vars"):
+            state.update(tucker_state(self.settled_point, kwargs.get("prefix", "")))
         return state
 
     def _load_from_state_dict(
@@ -484,9 +556,10 @@ class TuckerLinear(TuckerModule):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _check_count("in_features", in_features)
-        _check_count("out_features", out_features)
-        super().__init__((out_features, in_features), ranks, bias, device, dtype)
+        check_count("in_features", in_features)
+        check_count("out_features", out_features)
+        size = out_features if bias else None
+        super().__init__((out_features, in_features), ranks, size, device, dtype)
         self.in_features = in_features
         self.out_features = out_features
 
@@ -539,10 +612,7 @@ class _TuckerConv(TuckerModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         order = _ORDER[self.dense_type]
-        _check_channels(in_channels, out_channels, groups)
-        _check_sizes("kernel_size", kernel_size, order, 1, single=False)
-        _check_sizes("stride", stride, order, 1)
-        _check_sizes("dilation", dilation, order, 1)
+        check_convolution(in_channels, out_channels, groups, order, kernel_size, stride, dilation)
         _check_padding(padding, stride, padding_mode, order)
         # The dense layer on the meta device brings the arguments into PyTorch's normal form.
         dense = self.dense_type(
@@ -557,7 +627,8 @@ class _TuckerConv(TuckerModule):
             padding_mode,
             device="meta",
         )
-        super().__init__(tuple(dense.weight.shape), ranks, bias, device, dtype)
+        size = out_channels if bias else None
+        super().__init__(tuple(dense.weight.shape), ranks, size, device, dtype)
         for name in self._options:
             setattr(self, name, getattr(dense, name))
 
@@ -574,18 +645,7 @@ class _TuckerConv(TuckerModule):
         )
 
     def _options_repr(self) -> str:
-        plain = {
-            "padding": (0,) * len(self.kernel_size),
-            "dilation": (1,) * len(self.kernel_size),
-            "groups": 1,
-            "padding_mode": "zeros",
-        }
-        shown = [str(self.in_channels), str(self.out_channels)]
-        for name in self._options[2:]:
-            value = getattr(self, name)
-            if value != plain.get(name):
-                shown.append(f"{name}={value}")
-        return ", ".join(shown)
+        return convolution_repr(self, self._options)
 
 
 class TuckerConv1d(_TuckerConv):
@@ -647,6 +707,23 @@ class TuckerConv3d(_TuckerConv):
     """
 
     dense_type = nn.Conv3d
+
+
+def convolution_repr(layer: Any, options: Sequence[str]) -> str:
+    """Return the channels and the other options that are not PyTorch's defaults."""
+    plain = {
+        "padding": (0,) * len(layer.kernel_size),
+        "output_padding": (0,) * len(layer.kernel_size),
+        "dilation": (1,) * len(layer.kernel_size),
+        "groups": 1,
+        "padding_mode": "zeros",
+    }
+    shown = [str(layer.in_channels), str(layer.out_channels)]
+    for name in options[2:]:
+        value = getattr(layer, name)
+        if value != plain.get(name):
+            shown.append(f"{name}={value}")
+    return ", ".join(shown)
 
 
 @torch.no_grad()
@@ -734,21 +811,38 @@ def _is_integer(value: Any, least: int) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
-def _check_count(name: str, value: Any) -> None:
+def check_count(name: str, value: Any) -> None:
+    """Raise ShapeError unless a value is a positive integer."""
     if not _is_integer(value, 1):
         raise gt.ShapeError(f"{name}: expected a positive integer, got {value!r}")
+
+
+def check_convolution(
+    in_channels: Any,
+    out_channels: Any,
+    groups: Any,
+    order: int,
+    kernel_size: Any,
+    stride: Any,
+    dilation: Any,
+) -> None:
+    """Raise ShapeError if a size is out of its range, or groups do not divide the channels."""
+    _check_channels(in_channels, out_channels, groups)
+    check_sizes("kernel_size", kernel_size, order, 1, single=False)
+    check_sizes("stride", stride, order, 1)
+    check_sizes("dilation", dilation, order, 1)
 
 
 def _check_channels(in_channels: Any, out_channels: Any, groups: Any) -> None:
     sizes = {"in_channels": in_channels, "out_channels": out_channels}
     for name, value in [*sizes.items(), ("groups", groups)]:
-        _check_count(name, value)
+        check_count(name, value)
     for name, value in sizes.items():
         if value % groups:
             raise gt.ShapeError(f"groups: expected a divisor of {name} = {value}, got {groups}")
 
 
-def _check_sizes(name: str, value: Any, order: int, least: int, single: bool = True) -> None:
+def check_sizes(name: str, value: Any, order: int, least: int, single: bool = True) -> None:
     """Check one number for all spatial dimensions or, in a tuple, one (if `single`) or each."""
     values = value if isinstance(value, (tuple, list)) else (value,) * order
     lengths = (1, order) if single else (order,)
@@ -763,7 +857,7 @@ def _check_padding(padding: Any, stride: Any, padding_mode: Any, order: int) -> 
         raise ValueError(f"padding_mode: expected one of {_PADDING_MODES}, got {padding_mode!r}")
     if not isinstance(padding, str):
         # PyTorch pads only the last dimension if a single number in a tuple is not for zeros.
-        _check_sizes("padding", padding, order, 0, single=padding_mode == "zeros")
+        check_sizes("padding", padding, order, 0, single=padding_mode == "zeros")
     elif padding not in ("same", "valid"):
         raise ValueError(f"padding: expected 'same', 'valid' or integers, got {padding!r}")
     elif padding == "same" and stride not in (1, (1,) * order):

@@ -10,6 +10,9 @@ armed layer
 3. leaves the gradient of the wider core in ``core.grad``: all of it (the Galerkin step of TDLRT),
    or its projection on the tangent space, which needs nothing beyond ``grad_C L`` and step 1.
 
+A weight may be used several times in one graph, by one layer or by layers that are tied; then all
+this happens once for all of them, at the end of the backward pass.
+
 From then on everything is ordinary: gradients can be clipped and scaled, further micro-batches add
 theirs in the same bases, and the wrapped optimizer steps a core that is just larger. Until the
 step the weight is that of the narrow point, so that is what further passes contract.
@@ -24,10 +27,11 @@ factor is folded into the kernel) are ``G_i Q_i``, from the kernel's gradient.
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Variable
 from torch.autograd.function import once_differentiable
 
 import geotucker as gt
@@ -36,44 +40,33 @@ from geotucker._geometry import gauge, tangent_core
 
 from ._contract import core_gradient, fold, without_autocast
 from ._finite import all_finite
+from ._lifted import Use
+from ._maps import LayerMap, core_turned, modes_turned
 from ._plan import cheapest
 
 if TYPE_CHECKING:
     from ._layers import TuckerModule
 
-__all__ = ["Extension", "Gradients", "accumulate", "extended", "lifting"]
+__all__ = ["deliver", "lifting"]
 
 # Projected inputs of more entries are computed again in backward (a twelfth of a step's work)
 # rather than kept: with them a network would need more memory than the dense one.
 _KEPT = 2**20
 
 
-class Extension(NamedTuple):
-    """How a layer extends its bases; set by an optimizer.
-
-    Parameters
-    ----------
-    galerkin : bool
-        Whether the gradient of the wider core is the whole one or a tangent vector.
-    drift : tuple of Tensor, shapes (n_i, r_i), optional
-        What the optimizer's moments add to the directions, in the units of its gradients.
-    """
-
-    galerkin: bool = True
-    drift: tuple[Tensor, ...] | None = None
-
-
-def lifting(layer: "TuckerModule", x: Tensor) -> Tensor:
+def lifting(layer: "TuckerModule", layer_map: LayerMap, x: Tensor) -> Tensor:
     """Return the layer's output; its backward lifts the layer if that is still armed then.
 
     Parameters
     ----------
     layer : TuckerModule
         Its gradient with respect to the core goes straight to ``core.grad``.
+    layer_map : LayerMap
+        The layer's map, for this input.
     x : Tensor
         Input of the layer.
     """
-    output: Tensor = _Lifting.apply(x, layer.core, layer.bias, layer)  # type: ignore[no-untyped-call]
+    output: Tensor = _Lifting.apply(x, layer.core, layer.bias, layer, layer_map)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -82,14 +75,22 @@ class _Lifting(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, core: Tensor, bias: Tensor | None, layer: "TuckerModule"
+        ctx: Any,
+        x: Tensor,
+        core: Tensor,
+        bias: Tensor | None,
+        layer: "TuckerModule",
+        layer_map: LayerMap,
     ) -> Tensor:
         # `core` is an argument so that the output asks for gradients. The point shares memory with
         # the parameters and keeps the old values when the lift gives them new memory.
-        point = layer.point if layer.narrow is None else layer.narrow
-        layer_map, kind = layer.map, x.device.type
+        at = layer.point if layer.narrow is None else layer.narrow
+        turned = core_turned(layer_map, at.core), tuple(modes_turned(layer_map, at.factors))
+        # `point` has the output's mode first, `at` the weight's first axis.
+        ctx.at, ctx.point, ctx.map = at, gt.TuckerPoint(*turned), layer_map
+        point, kind = ctx.point, x.device.type
         layer_map.check(x, point.shape[1])
-        ctx.layer, ctx.x, ctx.point, ctx.gauges = layer, x.detach(), point, {}
+        ctx.layer, ctx.x, ctx.gauges = layer, x.detach(), {}
         ctx.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         with without_autocast(point.core):
             rows = layer_map.enter(_cast(ctx.x, ctx.dtype))
@@ -102,19 +103,19 @@ class _Lifting(torch.autograd.Function):
             b = None
             if order.project_output:
                 gauged, s = _gauge(ctx, 0)
-                b = layer_map.apply(a, _kernel(ctx, gauged), None, split=True)
+                b = layer_map.apply(a, _kernel(ctx, gauged), None, order)
                 y = layer_map.spread_output(b, _cast(u_out @ s, ctx.dtype), own_bias)
             else:
-                y = layer_map.apply(a, _kernel(ctx, point.core), own_bias, split=False)
+                y = layer_map.apply(a, _kernel(ctx, point.core), own_bias, order)
         ctx.a, ctx.b = (None if a.numel() > _KEPT else a), b
         layer.sizes = ctx.sizes
+        layer.uses += 1
         return layer_map.leave(y, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        layer, order, dtype = ctx.layer, ctx.order, ctx.dtype
-        layer_map = layer.map
+        layer, layer_map, order, dtype = ctx.layer, ctx.map, ctx.order, ctx.dtype
         with without_autocast(ctx.point.core):
             if ctx.a is None:
                 ctx.a = _entered(ctx)
@@ -123,95 +124,119 @@ class _Lifting(torch.autograd.Function):
             if order.project_output:
                 h = layer_map.project_output(g, _cast(ctx.point.factors[0], dtype))
             dx, grad_k_in = _input_gradients(ctx, h)
-            gradient = extended(layer, ctx.point, _Known(ctx, g, h, grad_k_in))
-            if gradient is None:  # not to be lifted, or lifted by a pass at another point
-                bases = [_cast(factor.data, dtype) for factor in layer.factors]
-                gradient = core_gradient(layer_map, ctx.rows, g, bases)
-            accumulate(layer, gradient)
+            deliver(
+                layer,
+                ctx.at,
+                lambda: _use(ctx, g, h, grad_k_in),
+                lambda bases: core_gradient(
+                    layer_map, ctx.rows, g, [_cast(basis, dtype) for basis in bases]
+                ),
+            )
             bias = layer_map.bias_gradient(g) if ctx.needs_input_grad[2] else None
         if bias is not None:
             bias = bias.to(layer.bias.dtype)
-        return None if dx is None else dx.to(ctx.x.dtype), None, bias, None
+        return None if dx is None else dx.to(ctx.x.dtype), None, bias, None, None
 
 
-def accumulate(layer: "TuckerModule", gradient: Tensor) -> None:
-    """Add to the gradient of the core."""
+def deliver(
+    layer: "TuckerModule",
+    point: gt.TuckerPoint,
+    use: Callable[[], Use],
+    elsewhere: Callable[[Sequence[Tensor]], Tensor],
+) -> None:
+    """Bring what a backward pass knows to the core's gradient, and extend the bases if armed.
+
+    Parameters
+    ----------
+    layer : TuckerModule
+        What has been used.
+    point : TuckerPoint
+        That of the forward pass; it shares its memory with the parameters of that moment.
+    use : callable
+        Gives the use, if the bases are those of the point, an extension of them, or to be extended.
+    elsewhere : callable
+        Else: from the layer's bases to the gradient of the core in them.
+    """
+    extends = layer.armed and _same(point, layer.point)
+    if extends and layer.uses > 1:
+        _wait(layer, use())
+    elif extends or (layer.narrow is not None and _same(point, layer.narrow)):
+        _finish(layer, [use()])
+    else:  # not to be lifted, or lifted by a pass at another point
+        _accumulate(layer, elsewhere([factor.detach() for factor in layer.factors]))
+
+
+def _wait(layer: "TuckerModule", use: Use) -> None:
+    """Keep a use until the end of this backward pass, where others may have been added to it."""
+    waiting, backward = layer.waiting, torch._C._current_graph_task_id()
+    if backward not in waiting:
+
+        def finish() -> None:
+            with torch.no_grad(), without_autocast(use.point.core):
+                _finish(layer, waiting.pop(backward))
+
+        waiting[backward] = []
+        Variable._execution_engine.queue_callback(finish)
+    waiting[backward].append(use)
+
+
+def _finish(layer: "TuckerModule", uses: Sequence[Use]) -> None:
+    """Extend the bases if the layer is armed, and give the core the gradient of all uses."""
+    point, galerkin = uses[0].point, layer.extension.galerkin
+    directions = [_sum(parts) for parts in zip(*(use.directions for use in uses), strict=True)]
+    armed = layer.armed and all_finite(directions)
+    if armed:
+        moved = _with_drift(directions, layer.extension.drift, layer.loss_scale)
+        layer.lift(moved, uses[0].right)
+    wide = layer.point
+    lifted = layer.narrow is not None and _same(point, layer.narrow)
+    if galerkin:
+        gradient = _sum([use.whole(wide.factors) for use in uses if use.whole is not None])
+    else:
+        gradient = _sum([use.tangent for use in uses if use.tangent is not None])
+        if lifted:
+            tangent = gt.TuckerTangent(gradient, tuple(directions))
+            gradient = tangent_core(point, wide, tangent, layer.right)
+    if armed:
+        layer.lifted_norm = gradient.abs().amax()  # squares of a scaled loss's may overflow
+    _accumulate(layer, gradient)
+
+
+def _sum(tensors: Sequence[Tensor]) -> Tensor:
+    first, *others = tensors
+    return sum(others, first)
+
+
+def _accumulate(layer: "TuckerModule", gradient: Tensor) -> None:
     gradient = gradient.to(layer.core.dtype)
     layer.core.grad = gradient if layer.core.grad is None else layer.core.grad + gradient
 
 
-class Gradients(Protocol):
-    """What a backward pass knows of the gradient at its point, each computed when it is asked."""
-
-    def directions(self) -> list[Tensor]:
-        """Return the ``grad_{K_i} L`` of all modes; of modes whose basis is complete, nothing."""
-        ...
-
-    def right(self) -> list[Tensor | None]:
-        """Return the Q_i of ``Mat_i(C)^T = Q_i S_i^T`` of the incomplete modes."""
-        ...
-
-    def core(self) -> Tensor:
-        """Return the gradient of the core in the bases of the point."""
-        ...
-
-    def wide_core(self, bases: Sequence[Tensor]) -> Tensor:
-        """Return it in wider bases."""
-        ...
-
-
-def extended(layer: "TuckerModule", narrow: gt.TuckerPoint, known: Gradients) -> Tensor | None:
-    """Extend the bases if the layer is armed; return the gradient of the core in wide bases.
-
-    None where the bases are not an extension of those of the forward pass, at `narrow`.
-    """
-    extension = layer.extension
-    armed = layer.armed and _same(narrow, layer.point)
-    if not armed and not (layer.narrow is not None and _same(narrow, layer.narrow)):
-        return None
+def _use(ctx: Any, g: Tensor, h: Tensor, grad_k_in: Tensor | None) -> Use:
+    """Return what a use of the weight has for the gradients, in the order of the weight's axes."""
+    galerkin, core = ctx.layer.extension.galerkin, ctx.point.core
+    kernel = cache(lambda: _kernel_gradient(ctx, h))
     directions: list[Tensor] = []
-    if armed or not extension.galerkin:
-        directions = known.directions()
-    if armed:
-        if not all_finite(directions):
-            return None
-        layer.lift(_with_drift(directions, extension.drift, layer.loss_scale), known.right())
-    wide = layer.point
-    if extension.galerkin:
-        core = known.wide_core(wide.factors).to(narrow.core.dtype)
-    else:
-        tangent = gt.TuckerTangent(known.core(), tuple(directions))
-        core = tangent_core(narrow, wide, tangent, layer.right)
-    if armed:
-        layer.lifted_norm = core.abs().amax()  # squares of a scaled loss's gradient may overflow
-    return core
+    right: list[Tensor | None] = []
+    if ctx.layer.armed or not galerkin:
+        directions = modes_turned(ctx.map, _directions(ctx, g, grad_k_in, kernel))
+    if ctx.layer.armed:
+        right = [
+            None if gauged is None else _ops.unfold(core_turned(ctx.map, gauged[0]), mode).T
+            for mode, gauged in enumerate(modes_turned(ctx.map, _gauges(ctx)))
+        ]
+    if not galerkin:
+        seen = core_turned(ctx.map, _seen(ctx, kernel()))
+        return Use(ctx.at, directions, right, seen, None)
+    known = h if ctx.order.project_output else None, ctx.a if ctx.order.project_input else None
 
+    def whole(bases: Sequence[Tensor]) -> Tensor:
+        bases = [_cast(basis, ctx.dtype) for basis in bases]
+        with without_autocast(core):
+            gradient = core_gradient(ctx.map, ctx.rows, g, bases, known, core.shape)
+        return gradient.to(core.dtype)
 
-class _Known:
-    """The `Gradients` of a chain, from what its backward pass has formed on the way."""
-
-    def __init__(self, ctx: Any, g: Tensor, h: Tensor, grad_k_in: Tensor | None) -> None:
-        self.ctx, self.g, self.h, self.grad_k_in = ctx, g, h, grad_k_in
-        self._kernel = cache(lambda: _kernel_gradient(ctx, h))
-
-    def directions(self) -> list[Tensor]:
-        """See `Gradients`."""
-        return _directions(self.ctx, self.g, self.grad_k_in, self._kernel)
-
-    def right(self) -> list[Tensor | None]:
-        """See `Gradients`."""
-        return [gauged and _ops.unfold(gauged[0], mode).T for mode, gauged in _gauges(self.ctx)]
-
-    def core(self) -> Tensor:
-        """See `Gradients`."""
-        return _seen(self.ctx, self._kernel())
-
-    def wide_core(self, bases: Sequence[Tensor]) -> Tensor:
-        """See `Gradients`."""
-        ctx, h = self.ctx, self.h
-        cast = [_cast(basis, ctx.dtype) for basis in bases]
-        known = h if ctx.order.project_output else None, ctx.a if ctx.order.project_input else None
-        return core_gradient(ctx.layer.map, ctx.rows, self.g, cast, known, ctx.point.ranks)
+    return Use(ctx.at, directions, right, None, whole)
 
 
 def _with_drift(
@@ -231,7 +256,7 @@ def _same(a: gt.TuckerPoint, b: gt.TuckerPoint) -> bool:
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor if dtype is None else tensor.to(dtype)
+    return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
 
 
 def _entered(ctx: Any) -> Tensor:
@@ -239,21 +264,28 @@ def _entered(ctx: Any) -> Tensor:
     if not ctx.order.project_input:
         rows: Tensor = ctx.rows
         return rows
-    a: Tensor = ctx.layer.map.project_input(ctx.rows, _cast(ctx.point.factors[1], ctx.dtype))
+    a: Tensor = ctx.map.project_input(ctx.rows, _cast(ctx.point.factors[1], ctx.dtype))
     return a
 
 
 def _gauge(ctx: Any, mode: int) -> tuple[Tensor, Tensor]:
+    """Return core and S_i in the gauge of a mode of `point`.
+
+    It is that of the weight's core, whatever comes first here: a decomposition is unique up to
+    rotations only, and the gradients of several uses add up in one of them.
+    """
     if mode not in ctx.gauges:
-        ctx.gauges[mode] = gauge(ctx.point.core, mode)
+        own = modes_turned(ctx.map, range(ctx.point.order))[mode]
+        core, s = gauge(ctx.at.core, own)
+        ctx.gauges[mode] = core_turned(ctx.map, core), s
     gauged: tuple[Tensor, Tensor] = ctx.gauges[mode]
     return gauged
 
 
-def _gauges(ctx: Any) -> list[tuple[int, tuple[Tensor, Tensor] | None]]:
-    """Return the gauges of the modes whose bases are not complete."""
+def _gauges(ctx: Any) -> list[tuple[Tensor, Tensor] | None]:
+    """Return the gauges of the modes, None where the basis is complete."""
     complete = [factor.shape[0] == factor.shape[1] for factor in ctx.point.factors]
-    return [(mode, None if full else _gauge(ctx, mode)) for mode, full in enumerate(complete)]
+    return [None if full else _gauge(ctx, mode) for mode, full in enumerate(complete)]
 
 
 def _kernel(ctx: Any, core: Tensor) -> Tensor:
@@ -262,11 +294,11 @@ def _kernel(ctx: Any, core: Tensor) -> Tensor:
 
 def _input_gradients(ctx: Any, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradient of the input, and with respect to K_in if U_in is projected."""
-    layer_map, order, wanted = ctx.layer.map, ctx.order, ctx.needs_input_grad[0]
+    layer_map, order, wanted = ctx.map, ctx.order, ctx.needs_input_grad[0]
     core, s = _gauge(ctx, 1) if order.project_input else (ctx.point.core, None)
     if s is None and not wanted:
         return None, None
-    d = layer_map.input_gradient(h, _kernel(ctx, core), ctx.a, order.project_output)
+    d = layer_map.input_gradient(h, _kernel(ctx, core), ctx.a, order)
     if s is None:
         return layer_map.leave_gradient(d, ctx.x), None
     grad_k_in = layer_map.input_factor_gradient(ctx.rows, d)
@@ -282,11 +314,11 @@ def _directions(
     """Return the ``grad_{K_i} L`` of all modes; of modes whose basis is complete, nothing."""
     order, core = ctx.order, ctx.point.core
     found = []
-    for mode, gauged in _gauges(ctx):
+    for mode, gauged in enumerate(_gauges(ctx)):
         if gauged is None:
             direction = ctx.point.factors[mode][:, :0]
         elif mode == 0 and order.project_output:
-            direction = ctx.layer.map.output_factor_gradient(g, ctx.b)
+            direction = ctx.map.output_factor_gradient(g, ctx.b)
         elif mode == 1 and grad_k_in is not None:
             direction = grad_k_in
         else:
@@ -297,7 +329,7 @@ def _directions(
 
 
 def _kernel_gradient(ctx: Any, h: Tensor) -> Tensor:
-    gradient: Tensor = ctx.layer.map.kernel_gradient(ctx.a, h, split=ctx.order.project_output)
+    gradient: Tensor = ctx.map.kernel_gradient(ctx.a, h, ctx.order)
     return gradient.to(ctx.point.core.dtype)
 
 

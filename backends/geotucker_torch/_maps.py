@@ -10,7 +10,7 @@ their matrices; whatever trains or contracts a layer is written once, in these t
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +19,20 @@ from torch.nn import grad
 
 from geotucker import ShapeError
 
-from ._plan import Sizes
+from ._plan import Contraction, Sizes
 
-__all__ = ["ConvMap", "LayerMap", "LinearMap"]
+__all__ = [
+    "CONV",
+    "KERNEL_GRADIENT",
+    "ConvMap",
+    "LayerMap",
+    "LinearMap",
+    "core_turned",
+    "modes_turned",
+]
 
-_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_KERNEL_GRADIENT: dict[int, Callable[..., Tensor]] = {
+CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+KERNEL_GRADIENT: dict[int, Callable[..., Tensor]] = {
     1: grad.conv1d_weight,
     2: grad.conv2d_weight,
     3: grad.conv3d_weight,
@@ -35,13 +43,21 @@ _INPUT_GRADIENT: dict[int, Callable[..., Tensor]] = {
     3: grad.conv3d_input,
 }
 _PAD_MODE = {"zeros": "constant"}  # the names of nn.ConvNd -> those of F.pad, where they differ
+_T = TypeVar("_T")
 # From so many positions on a batched product of matrices beats a convolution with a kernel of one
 # entry, up to four times on one core (measured; on less it may lose by ten).
 _MANY_POSITIONS = 32
 
 
 class LayerMap(Protocol):
-    """What the algorithms need of a kind of layer; ``split`` is: the output is projected."""
+    """What the algorithms need of a kind of layer.
+
+    ``order`` says which channels are projected. Kernels have the axes (out, in, k_1, ...), whatever
+    the order of the axes of the layer's weight.
+    """
+
+    # Whether the weight's first axis belongs to the input and its second to the output.
+    transposed: ClassVar[bool]
 
     def sizes(self, x: Tensor, core: Tensor, u_out: Tensor, u_in: Tensor) -> Sizes:
         """Return all that the planner wants to know."""
@@ -79,15 +95,15 @@ class LayerMap(Protocol):
         """Return the gradient of the factor of `project_input`: sum of ``x d^T``."""
         ...
 
-    def apply(self, a: Tensor, kernel: Tensor, bias: Tensor | None, split: bool) -> Tensor:
+    def apply(self, a: Tensor, kernel: Tensor, bias: Tensor | None, order: Contraction) -> Tensor:
         """Apply the kernel."""
         ...
 
-    def input_gradient(self, h: Tensor, kernel: Tensor, a: Tensor, split: bool) -> Tensor:
+    def input_gradient(self, h: Tensor, kernel: Tensor, a: Tensor, order: Contraction) -> Tensor:
         """Return the adjoint of `apply`, for an `a` of any channels that the kernel has."""
         ...
 
-    def kernel_gradient(self, a: Tensor, h: Tensor, split: bool) -> Tensor:
+    def kernel_gradient(self, a: Tensor, h: Tensor, order: Contraction) -> Tensor:
         """Return the gradient of the kernel, of shape (channels of h, channels of a, ...)."""
         ...
 
@@ -112,9 +128,21 @@ class LayerMap(Protocol):
         ...
 
 
+def core_turned(layer_map: LayerMap, core: Tensor) -> Tensor:
+    """Bring the axes of a core from the order of the weight into that of kernels, or back."""
+    return core.transpose(0, 1) if layer_map.transposed else core
+
+
+def modes_turned(layer_map: LayerMap, modes: Sequence[_T]) -> list[_T]:
+    """Bring what there is one of per mode into the order of kernels, or back."""
+    return [modes[1], modes[0], *modes[2:]] if layer_map.transposed else list(modes)
+
+
 @dataclass(frozen=True)
 class LinearMap:
     """The maps of ``nn.Linear``; activations have shape (..., channels)."""
+
+    transposed: ClassVar[bool] = False
 
     def sizes(self, x: Tensor, core: Tensor, u_out: Tensor, u_in: Tensor) -> Sizes:
         """See `LayerMap`."""
@@ -157,15 +185,15 @@ class LinearMap:
         """See `LayerMap`."""
         return _outer(x, d)
 
-    def apply(self, a: Tensor, kernel: Tensor, bias: Tensor | None, split: bool) -> Tensor:
+    def apply(self, a: Tensor, kernel: Tensor, bias: Tensor | None, order: Contraction) -> Tensor:
         """See `LayerMap`."""
         return F.linear(a, kernel, bias)
 
-    def input_gradient(self, h: Tensor, kernel: Tensor, a: Tensor, split: bool) -> Tensor:
+    def input_gradient(self, h: Tensor, kernel: Tensor, a: Tensor, order: Contraction) -> Tensor:
         """See `LayerMap`."""
         return F.linear(h, kernel.t())
 
-    def kernel_gradient(self, a: Tensor, h: Tensor, split: bool) -> Tensor:
+    def kernel_gradient(self, a: Tensor, h: Tensor, order: Contraction) -> Tensor:
         """See `LayerMap`."""
         return _rows(h).t() @ _rows(a)
 
@@ -204,7 +232,7 @@ class ConvMap:
     """The maps of ``nn.ConvNd``; activations have shape (batch, groups * channels, *positions).
 
     Groups share ``U_in`` and the kernel; group g has its own block of rows of ``U_out``. Where the
-    output is projected (``split``) the groups are laid in the batch dimension, so that one small
+    output is projected the groups are laid in the batch dimension, so that one small
     kernel serves them all. A factor that acts on channels commutes with padding, so that it is
     the projected activation, with fewer channels, which is padded.
 
@@ -217,6 +245,8 @@ class ConvMap:
     padding_mode : str
         As for ``nn.ConvNd``.
     """
+
+    transposed: ClassVar[bool] = False
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
@@ -317,33 +347,31 @@ class ConvMap:
 
     def project_input(self, x: Tensor, u_in: Tensor) -> Tensor:
         """See `LayerMap`."""
-        return self._together(_pointwise(self._apart(x), u_in.t()))
+        return self.together(_pointwise(self.apart(x), u_in.t()))
 
     def spread_input(self, d: Tensor, k_in: Tensor) -> Tensor:
         """See `LayerMap`."""
-        return self._together(_pointwise(self._apart(d), k_in))
+        return self.together(_pointwise(self.apart(d), k_in))
 
     def input_factor_gradient(self, x: Tensor, d: Tensor) -> Tensor:
         """See `LayerMap`."""
-        return _correlate(self._apart(x), self._apart(d))
+        return _correlate(self.apart(x), self.apart(d))
 
-    def apply(self, a: Tensor, kernel: Tensor, bias: Tensor | None, split: bool) -> Tensor:
+    def apply(self, a: Tensor, kernel: Tensor, bias: Tensor | None, order: Contraction) -> Tensor:
         """See `LayerMap`."""
         a, padding = self._padded(a)
         options = (self.stride_left, padding, self.dilation)
-        if split:
-            return self._together(
-                _CONV[self._order](self._apart(a), kernel, bias, *options, groups=1)
-            )
-        return _CONV[self._order](a, kernel, bias, *options, groups=self.groups)
+        if order.project_output:
+            return self.together(CONV[self._order](self.apart(a), kernel, bias, *options, groups=1))
+        return CONV[self._order](a, kernel, bias, *options, groups=self.groups)
 
-    def input_gradient(self, h: Tensor, kernel: Tensor, a: Tensor, split: bool) -> Tensor:
+    def input_gradient(self, h: Tensor, kernel: Tensor, a: Tensor, order: Contraction) -> Tensor:
         """See `LayerMap`."""
         like = a.new_empty(()).expand(a.shape[0], self.groups * kernel.shape[1], *a.shape[2:])
         padding = self._own_padding
         if padding is None:  # through the adjoint of a padding of its own
-            return self._unpad(lambda p: self._input_gradient(h, kernel, p.shape, 0, split), like)
-        return self._input_gradient(h, kernel, like.shape, padding, split)
+            return self._unpad(lambda p: self._input_gradient(h, kernel, p.shape, 0, order), like)
+        return self._input_gradient(h, kernel, like.shape, padding, order)
 
     def _input_gradient(
         self,
@@ -351,25 +379,25 @@ class ConvMap:
         kernel: Tensor,
         shape: Sequence[int],
         padding: int | Sequence[int],
-        split: bool,
+        order: Contraction,
     ) -> Tensor:
         gradient = _INPUT_GRADIENT[self._order]
-        if not split or self.groups == 1:
+        if not order.project_output or self.groups == 1:
             return gradient(
                 shape, kernel, h, self.stride_left, padding, self.dilation, groups=self.groups
             )
         apart = [shape[0] * self.groups, shape[1] // self.groups, *shape[2:]]
-        d = gradient(apart, kernel, self._apart(h), self.stride_left, padding, self.dilation)
-        return self._together(d)
+        d = gradient(apart, kernel, self.apart(h), self.stride_left, padding, self.dilation)
+        return self.together(d)
 
-    def kernel_gradient(self, a: Tensor, h: Tensor, split: bool) -> Tensor:
+    def kernel_gradient(self, a: Tensor, h: Tensor, order: Contraction) -> Tensor:
         """See `LayerMap`."""
         a, padding = self._padded(a)
         groups = self.groups
-        if split:
-            a, h, groups = self._apart(a), self._apart(h), 1
+        if order.project_output:
+            a, h, groups = self.apart(a), self.apart(h), 1
         shape = (h.shape[1], a.shape[1] // groups, *self.kernel)
-        return _KERNEL_GRADIENT[self._order](
+        return KERNEL_GRADIENT[self._order](
             a, shape, h, self.stride_left, padding, self.dilation, groups
         )
 
@@ -398,7 +426,7 @@ class ConvMap:
 
     def join(self, first: Tensor, second: Tensor) -> Tensor:
         """See `LayerMap`."""
-        return self._together(torch.cat([self._apart(first), self._apart(second)], 1))
+        return self.together(torch.cat([self.apart(first), self.apart(second)], 1))
 
     @property
     def _order(self) -> int:
@@ -432,13 +460,13 @@ class ConvMap:
     def _unbatched(self, x: Tensor) -> bool:
         return x.dim() == self._order + 1
 
-    def _apart(self, x: Tensor) -> Tensor:
+    def apart(self, x: Tensor) -> Tensor:
         """Lay the groups in the batch dimension."""
         if self.groups == 1:  # a reshape would copy activations that are stored channels last
             return x
         return x.reshape(x.shape[0] * self.groups, x.shape[1] // self.groups, *x.shape[2:])
 
-    def _together(self, x: Tensor) -> Tensor:
+    def together(self, x: Tensor) -> Tensor:
         """Lay the groups side by side among the channels."""
         if self.groups == 1:
             return x
@@ -452,7 +480,7 @@ class ConvMap:
         """Apply to each group's channels a matrix of its own, shape (groups, m, c)."""
         flat = blocks.flatten(0, 1)
         kernel = flat.reshape(*flat.shape, *(1,) * self._order)
-        return _CONV[self._order](x, kernel, bias, groups=self.groups)
+        return CONV[self._order](x, kernel, bias, groups=self.groups)
 
 
 def _each(value: int | Sequence[int], order: int) -> tuple[int, ...]:
@@ -471,7 +499,7 @@ def _pointwise(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
         matrices = matrix.expand(x.shape[0], *matrix.shape)
         return torch.baddbmm(bias[:, None], matrices, columns).unflatten(2, spatial)
     kernel = matrix.reshape(*matrix.shape, *(1,) * len(spatial))
-    return _CONV[len(spatial)](x, kernel, bias)
+    return CONV[len(spatial)](x, kernel, bias)
 
 
 def _correlate(x: Tensor, y: Tensor) -> Tensor:
@@ -484,4 +512,4 @@ def _correlate(x: Tensor, y: Tensor) -> Tensor:
         return (x.flatten(2) @ y.flatten(2).mT).sum(0)
     order = x.dim() - 2
     shape = (x.shape[1], y.shape[1], *(1,) * order)
-    return _KERNEL_GRADIENT[order](y, shape, x).flatten(1)
+    return KERNEL_GRADIENT[order](y, shape, x).flatten(1)

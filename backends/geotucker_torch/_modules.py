@@ -1,14 +1,17 @@
 """What the functions on whole models share."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 from torch import nn
 
+import geotucker as gt
+
 __all__ = [
     "Selection",
-    "aligned",
+    "blamed_on",
     "check_model",
     "has_hooks",
     "replaced",
@@ -26,18 +29,18 @@ def check_model(model: Any) -> None:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
 
 
+@contextmanager
+def blamed_on(layer: str) -> Iterator[None]:
+    """Name the layer in the errors of the core, which sees only a tensor."""
+    try:
+        yield
+    except gt.GeotuckerError as error:
+        raise type(error)(f"layer {layer!r}: {error}") from error
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Tell whether more happens in a call of the module than its class says."""
     return "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS)
-
-
-def aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
-    """Align text to the left and, behind column 3, numbers to the right."""
-    aligned = [
-        cell.rjust(width) if i > 3 else cell.ljust(width)
-        for i, (cell, width) in enumerate(zip(cells, widths, strict=False))
-    ]
-    return "  ".join([*aligned, cells[-1]]).rstrip()
 
 
 def replaced(model: nn.Module, successors: Mapping[nn.Module, nn.Module]) -> nn.Module:

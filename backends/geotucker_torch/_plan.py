@@ -45,8 +45,11 @@ class Sizes(NamedTuple):
     # ones for a Linear layer
     groups: int = 1
     kernel: int = 1  # number of kernel entries, prod k_i
-    positions_in: int = 1  # number of positions at which U_in would be applied
+    positions_in: int = 1  # number of positions at which U_in would be applied; none for a lookup
     positions_out: int = 1
+    positions_kernel: int | None = (
+        None  # at which the kernel is applied, if not those of the output
+    )
 
 
 def flops(contraction: Contraction, sizes: Sizes) -> int:
@@ -102,16 +105,17 @@ def folded_flops(contraction: Contraction, sizes: Sizes) -> int:
     """
     s = sizes
     rows_out = s.batch * s.positions_out
+    rows = rows_out if s.positions_kernel is None else s.batch * s.positions_kernel
     channels = s.in_rank if contraction.project_input else s.in_channels
     total = 0
     if contraction.project_input:
         total += s.batch * s.groups * s.positions_in * s.in_channels * s.in_rank
     if contraction.project_output:
         # The kernel runs once per group, and its r_out channels are then spread.
-        total += rows_out * s.groups * s.out_rank * channels * s.kernel
+        total += rows * s.groups * s.out_rank * channels * s.kernel
         total += rows_out * s.out_channels * s.out_rank
     else:
-        total += rows_out * s.out_channels * channels * s.kernel
+        total += rows * s.out_channels * channels * s.kernel
     return total
 
 

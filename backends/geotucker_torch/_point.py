@@ -1,13 +1,24 @@
 """Reading and writing a Tucker tensor that lives in parameters."""
 
 from collections.abc import Iterable
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 import geotucker as gt
 
-__all__ = ["own_parameter", "read_point", "write_point"]
+__all__ = [
+    "Shared",
+    "orthonormal",
+    "own_parameter",
+    "read_point",
+    "shared_parameter",
+    "write_point",
+]
+
+Shared: TypeAlias = dict[tuple[nn.Parameter, Any, torch.Size], nn.Parameter]
+"""Parameters made of Tucker tensors: by core, which part it is, and shape."""
 
 
 def own_parameter(tensor: Tensor, requires_grad: bool) -> nn.Parameter:
@@ -15,6 +26,11 @@ def own_parameter(tensor: Tensor, requires_grad: bool) -> nn.Parameter:
     # Contiguous: safetensors saves no views.
     own = tensor.detach().clone(memory_format=torch.contiguous_format)
     return nn.Parameter(own, requires_grad=requires_grad)
+
+
+def shared_parameter(shared: Shared, core: nn.Parameter, key: Any, tensor: Tensor) -> nn.Parameter:
+    """Return the parameter for a matrix or kernel of a Tucker tensor, the same one each time."""
+    return shared.setdefault((core, key, tensor.shape), own_parameter(tensor, core.requires_grad))
 
 
 def read_point(core: nn.Parameter, factors: Iterable[nn.Parameter]) -> gt.TuckerPoint:
@@ -34,3 +50,13 @@ def write_point(core: nn.Parameter, factors: Iterable[nn.Parameter], point: gt.T
             parameter.grad = None  # it would have the old shape
             # Not `parameter.data = ...`, which breaks graphs and optimizer state.
             parameter.set_(array.contiguous())  # type: ignore[call-overload]
+
+
+def orthonormal(point: gt.TuckerPoint) -> gt.TuckerPoint:
+    """Return the same tensor with orthonormal factors: the point itself if they are already."""
+    for factor in point.factors:
+        gram = (factor.T @ factor).double()
+        identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        if (gram - identity).abs().max() > 100 * torch.finfo(factor.dtype).eps:
+            return gt.orthonormalise(point)
+    return point

@@ -15,6 +15,7 @@ import geotucker as gt
 from geotucker._ranks import in_force
 
 from ._layers import TuckerModule
+from ._maps import modes_turned
 from ._plan import CONTRACTIONS, Sizes, both_folded, flops, folded_flops
 from ._slots import Slot
 from ._tensor_plan import TensorSizes, price
@@ -171,19 +172,30 @@ def whole_model(
     return dataclasses.replace(budget, **changes)
 
 
-def flops_of(layer: TuckerModule | None) -> gt.Cost | None:
-    """Return the price of a layer's forward pass for one sample of the last training input."""
-    if layer is None or layer.sizes is None:
-        return None
-    if isinstance(layer.sizes, TensorSizes):
-        return price(layer.sizes)
-    sizes: Sizes = layer.sizes
+def flops_of(slot: Slot) -> gt.Cost | None:
+    """Return the price of a tensor's forward passes for the last training input.
+
+    Where it is tied, every layer that has been used adds its own.
+    """
+    prices = [_price(layer, layer.sizes) for layer in slot.layers if layer.sizes is not None]
+    if len(prices) < 2:
+        return prices[0] if prices else None
+    dense = sum(cost.dense for cost in prices)
+    return gt.Cost(lambda ranks: sum(cost.tucker(ranks) for cost in prices), dense)
+
+
+def _price(layer: TuckerModule, sizes: Sizes | TensorSizes) -> gt.Cost:
+    if isinstance(sizes, TensorSizes):
+        return price(sizes)
+    layer_map = layer.map
     *chains, dense = CONTRACTIONS
 
     def tucker(ranks: Any) -> Any:
-        s = sizes._replace(out_rank=ranks[0], in_rank=ranks[1])
+        out_rank, in_rank = modes_turned(layer_map, ranks)[:2]
+        s = sizes._replace(out_rank=out_rank, in_rank=in_rank)
         prices = [flops(contraction, s) for contraction in chains]
         prices.append(folded_flops(dense, s) + np.minimum(*both_folded(s)))
         return reduce(np.minimum, prices)
 
-    return gt.Cost(tucker, folded_flops(dense, sizes))
+    is_lookup = sizes.positions_in == 0  # which costs a dense layer nothing
+    return gt.Cost(tucker, 0 if is_lookup else folded_flops(dense, sizes))

@@ -1,6 +1,6 @@
 """The Tucker tensors of a model, whatever module holds them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -26,13 +26,23 @@ class Slot:
     factors: tuple[nn.Parameter, ...]
     # Modules with an attribute `rank` to keep in step (tensorly-torch reads it in forward).
     ranked: tuple[nn.Module, ...] = ()
-    # Our own layer, whose backward can extend the bases.
-    layer: TuckerModule | None = None
+    # Our own layers, whose backward can extend the bases; several if they are tied.
+    layers: tuple[TuckerModule, ...] = ()
+
+    @property
+    def layer(self) -> TuckerModule | None:
+        """The first of our own layers, which speaks for all."""
+        return self.layers[0] if self.layers else None
 
     @property
     def point(self) -> gt.TuckerPoint:
         """The tensor as a detached point that shares storage with the parameters."""
         return read_point(self.core, self.factors)
+
+    @property
+    def settled_point(self) -> gt.TuckerPoint:
+        """The point without a lift that no step has used."""
+        return self.point if self.layer is None else self.layer.settled_point
 
     @property
     def settled_ranks(self) -> tuple[int, ...]:
@@ -54,12 +64,17 @@ def find_slots(model: nn.Module) -> list[Slot]:
     """
     slots: dict[nn.Parameter, Slot] = {}
     for name, module in model.named_modules():
-        if isinstance(module, TuckerModule) or holds_tucker(module):
-            core = module.core
-            if not isinstance(core, nn.Parameter) or core in slots:
-                continue
+        if not isinstance(module, TuckerModule) and not holds_tucker(module):
+            continue
+        core = module.core
+        if not isinstance(core, nn.Parameter):
+            continue
+        slot = slots.get(core)
+        if slot is None:
             factors = tuple(module.factors)  # type: ignore[arg-type]
-            layer = module if isinstance(module, TuckerModule) else None
-            ranked = () if layer is not None else tuple(ranked_modules(model, module))
-            slots[core] = Slot(name, core, factors, ranked, layer)
+            ranked = () if isinstance(module, TuckerModule) else ranked_modules(model, module)
+            slot = Slot(name, core, factors, tuple(ranked))
+        if isinstance(module, TuckerModule):
+            slot = replace(slot, layers=(*slot.layers, module))
+        slots[core] = slot
     return list(slots.values())

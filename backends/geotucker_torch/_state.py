@@ -2,7 +2,9 @@
 
 The part of a linear moment in the core's coordinates stays where the optimizer keeps it; the
 part that moves the bases lies beside it, in ``state[core]["tangent"]``: by name of the moment, one
-tensor of shape (n_i, r_i) per mode (see `geotucker._moments`).
+tensor of shape (n_i, r_i) per mode (see `geotucker._moments`). It is in the gauge of the core; in
+steps between two changes of bases the core moves alone, and then the entry ``"core"`` beside it is
+the one whose gauge that is.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,11 +14,12 @@ import torch
 from torch import Tensor
 
 import geotucker as gt
-from geotucker._moments import carry, lift, lift_squares, rotate_squares, zero
+from geotucker._moments import carry, lift, lift_squares, regauge, rotate_squares, zero
 
-__all__ = ["carry_state", "drift", "lift_state"]
+__all__ = ["carry_state", "drift", "lift_state", "mark_core", "regauge_state"]
 
 _TANGENT = "tangent"
+_CORE = "core"
 # Second moments of torch.optim, which have no exact transport (see geotucker._moments).
 _SECOND = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta", "exp_inf"}
 # Bound to coordinates: means nothing in other bases.
@@ -60,6 +63,22 @@ def carry_state(state: dict[str, Any], wide: gt.TuckerPoint, cut: gt.Truncation)
 
     mapped = _mapped(state, wide.ranks, carried)
     return {**mapped, _TANGENT: tangent} if mapped and tangent else mapped
+
+
+def mark_core(state: dict[str, Any], core: Tensor) -> None:
+    """Remember the core that the basis parts belong to, before it is stepped."""
+    tangent = state.get(_TANGENT)
+    if tangent and _CORE not in tangent:
+        tangent[_CORE] = (core.detach().clone(),)
+
+
+def regauge_state(state: dict[str, Any], core: Tensor) -> None:
+    """Bring the basis parts into the gauge of the present core, which has been stepped."""
+    tangent = state.get(_TANGENT, {})
+    if _CORE in tangent:
+        (old,) = tangent.pop(_CORE)
+        for key, parts in tangent.items():
+            tangent[key] = regauge(parts, old, core.detach())
 
 
 def drift(state: Mapping[str, Any], group: Mapping[str, Any]) -> tuple[Tensor, ...] | None:

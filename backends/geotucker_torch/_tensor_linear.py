@@ -55,6 +55,9 @@ class TuckerTensorLinear(TuckerModule):
     dense_type = nn.Linear
     _options = ("in_features", "out_features")
 
+    # How many of the modes, from the first, are the output's.
+    out_modes: int
+
     def __init__(
         self,
         in_shape: Sequence[int],
@@ -66,7 +69,10 @@ class TuckerTensorLinear(TuckerModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         inputs, outputs = _checked("in_shape", in_shape), _checked("out_shape", out_shape)
-        super().__init__((*outputs, *inputs), ranks, bias, device, dtype, len(outputs))
+        # Needed where the weight is drawn; modules take attributes that are no parameters before.
+        vars(self)["out_modes"] = len(outputs)
+        size = math.prod(outputs) if bias else None
+        super().__init__((*outputs, *inputs), ranks, size, device, dtype)
 
     @classmethod
     def from_dense(
@@ -109,14 +115,12 @@ class TuckerTensorLinear(TuckerModule):
             return cls._from_point(layer, meta.point, **shapes)
         return cls._from_point(layer, decompose(weight.reshape(shape), ranks), rescale, **shapes)
 
-    def _contract(self, x: Tensor) -> Tensor:
-        core, factors, outputs = self.core, list(self.factors), self.out_modes
-        return self._left(
-            tensor_linear(self._entered(x), core, factors[:outputs], factors[outputs:]), x
-        )
-
-    def _lifting(self, x: Tensor) -> Tensor:
-        return self._left(lifting_tensorised(self, self._entered(x)), x)
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the dense layer's map, by contraction of core and factors."""
+        batch, factors, outputs = self._entered(x), list(self.factors), self.out_modes
+        if self._lifts:
+            return self._left(lifting_tensorised(self, batch), x)
+        return self._left(tensor_linear(batch, self.core, factors[:outputs], factors[outputs:]), x)
 
     def _entered(self, x: Tensor) -> Tensor:
         if x.dim() == 0 or x.shape[-1] != self.in_features:
@@ -155,6 +159,12 @@ class TuckerTensorLinear(TuckerModule):
     def weight_shape(self) -> tuple[int, ...]:
         """Shape (out_features, in_features) of the dense layer's weight."""
         return self.out_features, self.in_features
+
+    @property
+    def mode_names(self) -> tuple[str, ...]:
+        """What the modes are called: "out 1", ..., "in 1", ..."""
+        sides = (("out", self.out_shape), ("in", self.in_shape))
+        return tuple(f"{name} {i + 1}" for name, side in sides for i in range(len(side)))
 
     def _options_repr(self) -> str:
         return f"in_shape={self.in_shape}, out_shape={self.out_shape}"

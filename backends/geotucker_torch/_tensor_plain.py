@@ -5,12 +5,13 @@ such a chain it needs nothing of this package: what is saved is its generated co
 """
 
 import math
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
 from ._plan import Contraction
-from ._point import own_parameter
+from ._point import Shared, own_parameter, shared_parameter
 from ._tensor_linear import TuckerTensorLinear
 from ._tensor_plan import Projected, TensorSizes, operations
 from ._tensorised import kernel
@@ -19,7 +20,9 @@ __all__ = ["plain_operations", "plain_parameters", "plain_tensor_linear"]
 
 
 @torch.no_grad()
-def plain_tensor_linear(layer: TuckerTensorLinear, order: Contraction) -> nn.Module:
+def plain_tensor_linear(
+    layer: TuckerTensorLinear, order: Contraction, shared: Shared | None = None
+) -> nn.Module:
     """Build what computes the layer's map with all factors of a side projected, or folded.
 
     Factors of complete bases are always folded, as they do not make the kernel larger.
@@ -28,6 +31,8 @@ def plain_tensor_linear(layer: TuckerTensorLinear, order: Contraction) -> nn.Mod
     ----------
     layer : TuckerTensorLinear
     order : Contraction
+    shared : dict, optional
+        As for `plain_module`.
 
     Returns
     -------
@@ -43,9 +48,12 @@ def plain_tensor_linear(layer: TuckerTensorLinear, order: Contraction) -> nn.Mod
     ['project_0', 'project_1', 'kernel', 'spread_0', 'spread_1', 'bias']
     """
     projected = _projected(layer, order)
+    shared = {} if shared is None else shared
     if not any(projected):
-        return layer.to_dense()
-    return fx.symbolic_trace(_Chain(layer, projected)).train(layer.training)
+        dense: Any = layer.to_dense()
+        dense.weight = shared_parameter(shared, layer.core, projected, dense.weight)
+        return cast("nn.Module", dense)
+    return fx.symbolic_trace(_Chain(layer, projected, shared)).train(layer.training)
 
 
 def plain_parameters(layer: TuckerTensorLinear, order: Contraction) -> int:
@@ -71,24 +79,25 @@ def _projected(layer: TuckerTensorLinear, order: Contraction) -> Projected:
 class _Chain(nn.Module):
     """The map as torch.fx traces it: its loops and conditions do not depend on the input."""
 
-    def __init__(self, layer: TuckerTensorLinear, projected: Projected) -> None:
+    def __init__(self, layer: TuckerTensorLinear, projected: Projected, shared: Shared) -> None:
         super().__init__()
-        self.in_shape, self.outputs = layer.in_shape, layer.out_modes
-        wanted = layer.core.requires_grad
+        self.in_shape, self.outputs, core = layer.in_shape, layer.out_modes, layer.core
         folded = kernel(layer.core, list(layer.factors), projected)
         self.kernel_shape = folded.shape[: self.outputs]
-        self.kernel = own_parameter(folded.flatten(0, self.outputs - 1).flatten(1), wanted)
+        matrix = folded.flatten(0, self.outputs - 1).flatten(1)
+        self.kernel = shared_parameter(shared, core, projected, matrix)
         bias = layer.bias
         self.bias = None if bias is None else own_parameter(bias, bias.requires_grad)
         self.spread, self.project = [""] * self.outputs, [""] * len(self.in_shape)
         for mode, (factor, meets) in enumerate(zip(layer.factors, projected, strict=True)):
             if not meets:
                 continue
-            names, i = (self.spread, mode)
-            if mode >= self.outputs:
-                names, i, factor = self.project, mode - self.outputs, factor.t()
+            if mode < self.outputs:
+                names, i, key, matrix = self.spread, mode, mode, factor
+            else:
+                names, i, key, matrix = self.project, mode - self.outputs, (mode, "T"), factor.t()
             names[i] = f"{'spread' if names is self.spread else 'project'}_{i}"
-            self.register_parameter(names[i], own_parameter(factor, wanted))
+            self.register_parameter(names[i], shared_parameter(shared, core, key, matrix))
 
     def forward(self, x: Tensor) -> Tensor:
         t = x.unflatten(-1, self.in_shape)

@@ -20,7 +20,8 @@ from geotucker import _ops
 from geotucker._geometry import gauge
 
 from ._contract import without_autocast
-from ._lift import accumulate, extended
+from ._lift import deliver
+from ._lifted import Use
 from ._tensor_plan import Projected, TensorSizes, cheapest_projections, ordered
 
 if TYPE_CHECKING:
@@ -166,6 +167,7 @@ class _Lifting(torch.autograd.Function):
         # The core is folded in its own precision.
         out_factors, in_factors = _split(point.factors, layer)
         layer.sizes = ctx.sizes = _sizes(len(x), point.core, out_factors, in_factors)
+        layer.uses += 1
         return tensor_linear(x.detach(), point.core, out_factors, in_factors)
 
     @staticmethod
@@ -178,10 +180,7 @@ class _Lifting(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 dx = _adjoint(ctx, g).to(ctx.x_dtype)
             seen = _Seen(ctx.x, g, point, cheapest_projections(ctx.sizes))
-            gradient = extended(layer, point, seen)
-            if gradient is None:  # not to be lifted, or lifted by a pass at another point
-                gradient = seen.wide_core([factor.detach() for factor in layer.factors])
-            accumulate(layer, gradient)
+            deliver(layer, point, lambda: seen.use(layer), seen.core_in)
         return dx, None, None
 
 
@@ -217,6 +216,15 @@ class _Seen:
         self._seen: Tensor | None = None
         self._gauges: list[tuple[Tensor, Tensor] | None] | None = None
 
+    def use(self, layer: "TuckerTensorLinear") -> Use:
+        """Return what this use of the layer's weight has for the gradients."""
+        galerkin = layer.extension.galerkin
+        directions = self.directions() if layer.armed or not galerkin else []
+        right = self.right() if layer.armed else []
+        if galerkin:
+            return Use(self.point, directions, right, None, self.core_in)
+        return Use(self.point, directions, right, self.core(), None)
+
     def core(self) -> Tensor:
         """Return ``grad_C L``, the gradient seen through all bases."""
         return self._through(self._formed(), self.point.factors, self.projected)
@@ -242,7 +250,7 @@ class _Seen:
         gauges = enumerate(self._all_gauges())
         return [gauged and _ops.unfold(gauged[0], mode).T for mode, gauged in gauges]
 
-    def wide_core(self, bases: Sequence[Tensor]) -> Tensor:
+    def core_in(self, bases: Sequence[Tensor]) -> Tensor:
         """Return the gradient of the core in any bases."""
         outputs = self.g.dim() - 1
         ranks = tuple(basis.shape[1] for basis in bases)

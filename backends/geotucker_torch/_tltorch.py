@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import geotucker as gt
 
+from ._attention import TuckerMultiheadAttention
 from ._finite import all_finite
 from ._layers import TuckerConv1d, TuckerConv2d, TuckerConv3d, TuckerLinear, TuckerModule
 from ._modules import check_model, has_hooks, replaced
@@ -86,8 +87,8 @@ def to_tltorch(model: _Model) -> _Model | nn.Module:
     """Replace layers of this package by layers of tensorly-torch, in place: the same function.
 
     Convolutions become FactorizedConv, linear layers FactorizedLinear. A convolution with groups, a
-    padding mode or uneven padding, which tensorly-torch does not have, stays, and so do subclasses
-    and layers with hooks.
+    padding mode or uneven padding, which tensorly-torch does not have, stays, and so do other kinds
+    of layers, tied ones, the projections of attention, subclasses, and layers with hooks.
 
     Parameters
     ----------
@@ -121,7 +122,11 @@ def to_tltorch(model: _Model) -> _Model | nn.Module:
     check_model(model)
     with _imported() as tltorch:
         layers = [m for m in model.modules() if isinstance(m, TuckerModule)]
-        found = {layer: _theirs(layer, tltorch) for layer in layers}
+        owners = Counter(layer.core for layer in layers)
+        attentions = (m for m in model.modules() if isinstance(m, TuckerMultiheadAttention))
+        kept = {child for attention in attentions for child in attention.children()}
+        kept |= {layer for layer in layers if owners[layer.core] > 1}
+        found = {layer: _theirs(layer, tltorch) for layer in layers if layer not in kept}
     return replaced(model, {layer: new for layer, new in found.items() if new is not None})
 
 
@@ -283,7 +288,8 @@ def _theirs(layer: TuckerModule, tltorch: Any) -> Any:
         new = tltorch.FactorizedConv(**sizes, **options)
         new.weight = tltorch.TuckerTensor(core, factors)
     elif type(layer) in (TuckerLinear, TuckerTensorLinear):
-        sides = layer.shape[: layer.out_modes], layer.shape[layer.out_modes :]
+        outputs = layer.out_modes if isinstance(layer, TuckerTensorLinear) else 1
+        sides = layer.shape[:outputs], layer.shape[outputs:]
         # Their contraction takes as many output modes as there are input modes.
         way = "factorized" if len(sides[0]) == len(sides[1]) else "reconstructed"
         new = tltorch.FactorizedLinear(*reversed(sides), implementation=way, **options)

@@ -1,5 +1,6 @@
 """Weights from one format into the other: dense into Tucker layers, and the reverse."""
 
+import math
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 import geotucker as gt
 
+from ._attention import PROJECTIONS, TuckerMultiheadAttention, join_state, split_state
 from ._contract import dense_weight
 from ._guard import untouched_if_loading_fails
 from ._layers import decompose, rescaled, tucker_state
@@ -77,21 +79,31 @@ def load_weights(
     """
     check_model(model)
     state = _copied(state_dict)
-    for prefix in _tucker_prefixes(state):
-        weight = _dense_weight_of(model, prefix)
-        if weight is not None:
+    _split_attention(state, model)
+    shapes = {prefix: _dense_shape(model, prefix) for prefix in _tucker_prefixes(state)}
+    for prefix, shape in shapes.items():
+        if shape is not None:
             _to_dense(state, [prefix])
             key = prefix + "weight"
-            if state[key].numel() == weight.numel():  # tensorised; else loading tells of the sizes
-                state[key] = state[key].reshape(weight.shape)
+            if state[key].numel() == math.prod(shape):  # else loading tells of the sizes
+                state[key] = state[key].reshape(shape)  # a tensorised one
+    _join_attention(state, model)
     _to_tucker(state, model, ranks, rescale, assign)
+    tied = [slot.layers for slot in find_slots(model) if len(slot.layers) > 1]
     with untouched_if_loading_fails(model):
         _make_room(model, state)
-        return model.load_state_dict(state, strict=strict, assign=assign)
+        result = model.load_state_dict(state, strict=strict, assign=assign)
+        for first, *others in tied:  # PyTorch assigns to each layer a parameter of its own
+            for layer in others:
+                layer.tie(first)
+        return result
 
 
 def dense_state_dict(state_dict: Mapping[str, Any]) -> "OrderedDict[str, Any]":
     """Return a ``state_dict`` with dense weights for all Tucker weights, for whoever has no layers.
+
+    Attention stays split into four layers, as the state does not tell what model it is for;
+    `load_weights` joins them where the model has ``nn.MultiheadAttention``.
 
     Parameters
     ----------
@@ -156,13 +168,38 @@ def _fits_together(parts: list[Any]) -> bool:
     )
 
 
-def _dense_weight_of(model: nn.Module, prefix: str) -> nn.Parameter | None:
-    """Return the weight of the module of this name, if that is a parameter of its own."""
+def _dense_shape(model: nn.Module, prefix: str) -> tuple[int, ...] | None:
+    """Return the shape of the weight of the module of this name, if that is a parameter of its own.
+
+    It is () if the weight has none yet.
+    """
+    owner, _, part = prefix.removesuffix(".").rpartition(".")
     try:
+        attention = model.get_submodule(owner)
+        if part in PROJECTIONS and isinstance(attention, nn.MultiheadAttention):
+            size = attention.embed_dim
+            return size, {"k_proj": attention.kdim, "v_proj": attention.vdim}.get(part, size)
         module = model.get_submodule(prefix.removesuffix("."))
     except AttributeError:
         return None
-    return module._parameters.get("weight")
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return None
+    return () if nn.parameter.is_lazy(weight) else tuple(weight.shape)
+
+
+def _split_attention(state: "OrderedDict[str, Any]", model: nn.Module) -> None:
+    """Turn joint weights into those of layers where the model has these, in place."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, TuckerMultiheadAttention):
+            split_state(state, f"{name}." if name else "")
+
+
+def _join_attention(state: "OrderedDict[str, Any]", model: nn.Module) -> None:
+    """Turn the weights of layers into joint ones where the model has these, in place."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.MultiheadAttention):
+            join_state(state, f"{name}." if name else "", module.in_proj_weight is not None)
 
 
 @torch.no_grad()
@@ -190,7 +227,8 @@ def _to_tucker(
     found: list[tuple[Slot, list[str]]] = []
     for slot in find_slots(model):
         if slot.layer is not None:
-            prefixes = [p for p in names[slot.layer] if slot.layer.finds_dense(state, p)]
+            named = [(layer, prefix) for layer in slot.layers for prefix in names[layer]]
+            prefixes = [prefix for layer, prefix in named if layer.finds_dense(state, prefix)]
             shapes = {tuple(state[prefix + "weight"].shape) for prefix in prefixes}
             if shapes == {slot.layer.weight_shape}:
                 found.append((slot, prefixes))
@@ -200,7 +238,7 @@ def _to_tucker(
     weights = [state[prefixes[0] + "weight"] for _, prefixes in found]
     # What a schedule comes down to in the end.
     rule = Rules.of(ranks, model, slots).in_force(sys.maxsize, [slot.name for slot in slots])
-    facts = [gt.Facts(previous=slot.settled_ranks, flops=flops_of(slot.layer)) for slot in slots]
+    facts = [gt.Facts(previous=slot.settled_ranks, flops=flops_of(slot)) for slot in slots]
     points = [
         _decomposed(slot.name, weight.reshape(slot.point.shape))
         for slot, weight in zip(slots, weights, strict=True)

@@ -45,6 +45,10 @@ class Tolerance(ModeRule):
         In [0, 1). A mode goes below its previous rank, where that is known, only if the tail
         there is at most ``1 - hysteresis`` of what it may drop, so that a singular value near
         the threshold does not come and go. The bound of the error stays.
+    spare : int
+        Directions that are kept beyond these, as far as there are any: the largest of those that
+        the tolerance would cut. A new direction is far smaller than a coarse tolerance when it
+        appears; here it can grow until it counts. Without any, ranks hardly ever grow in training.
 
     Raises
     ------
@@ -62,11 +66,14 @@ class Tolerance(ModeRule):
     floor: int = 1
     cap: int | None = None
     hysteresis: float = 0.0
+    spare: int = 0
 
     def __post_init__(self) -> None:
         """Check the settings."""
         if not 0.0 <= self.tau < 1.0:
             raise RankError(f"tau: expected a number in [0, 1), got {self.tau}")
+        if self.spare != 0 and not is_count(self.spare):
+            raise RankError(f"spare: expected zero or a positive integer, got {self.spare}")
         check_bounds(self.floor, self.cap)
         check_hysteresis(self.hysteresis)
 
@@ -79,7 +86,7 @@ class Tolerance(ModeRule):
         rank = smallest_rank(tails, allowed)
         if previous is not None and rank < previous:
             rank = min(previous, smallest_rank(tails, (1.0 - self.hysteresis) * allowed))
-        return clip(rank, self.floor, self.cap, len(values))
+        return clip(rank + self.spare, self.floor, self.cap, len(values))
 
 
 @dataclass(frozen=True)

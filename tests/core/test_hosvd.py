@@ -159,6 +159,25 @@ def test_truncation_says_what_it_did(backend, data):
     assert math.isclose(cut.error_bound, expected, rel_tol=1e-2, abs_tol=case.tol * size)
 
 
+@given(data=st.data())
+def test_the_spectrum_is_that_of_the_dense_tensor(backend, data):
+    case = data.draw(cases(backend))
+    point = case.point()
+    dense, spectrum = case.dense(point), gt.spectrum(point)
+    assert spectrum.shape == case.shape
+    for mode, values in enumerate(spectrum.values):
+        exact = np.linalg.svd(reference.unfold(dense, mode), compute_uv=False)
+        assert values.dtype == np.float64
+        assert len(values) == point.ranks[mode]
+        assert_close(values, exact[: len(values)], case.tol)
+
+
+def test_a_spectrum_of_nan_is_refused(backend):
+    core = backend.array([[1.0, math.nan], [0.0, 1.0]])
+    with pytest.raises(gt.NonFiniteError, match="core"):
+        gt.spectrum((core, [core, core]))
+
+
 def test_small_singular_values_survive_a_wide_unfolding(backend):
     # Through the Gram matrix they would drown at 1e-8.
     case = Case(backend, "float64", (3, 40), (3, 3), 0)

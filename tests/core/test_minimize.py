@@ -235,3 +235,20 @@ def test_other_errors_pass_unchanged(numpy_problem):
         gt.minimize(fail_with(KeyError("mine")), start, integrator=TDLRT)
     with pytest.raises(ValueError, match="steps: expected a number of at least 0, got -1"):
         gt.minimize(fail_with(KeyError("mine")), start, integrator=TDLRT, steps=-1)
+
+
+@pytest.mark.parametrize("spare", [0, 1])
+def test_ranks_grow_where_new_directions_may(spare):
+    # A new direction is as small as the step, below the tolerance, when it appears.
+    u, v = gt.testing.random_point((6, 7), (3, 3), seed=1).factors
+    wanted = u @ np.diag([3.0, 2.0, 1.0]) @ v.T
+
+    def objective(w):
+        residual = gt.to_dense(w) - wanted
+        return 0.5 * np.sum(residual**2), residual
+
+    start, rule = gt.hosvd(wanted, 1), gt.Tolerance(0.1, spare=spare)
+    result = gt.minimize(objective, start, integrator=gt.TDLRT(lr=0.05), ranks=rule, steps=200)
+    assert result.point.ranks == ((4, 4) if spare else (1, 1))
+    error = np.linalg.norm(gt.to_dense(result.point) - wanted)
+    assert (error < 0.2) == bool(spare)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import geotucker as gt
 from geotucker._geometry import right_bases
-from geotucker._moments import carry, lift, lift_squares, rotate_squares
+from geotucker._moments import carry, lift, lift_squares, regauge, rotate_squares
 
 from . import reference
 from .cases import Case, assert_close, cases, feasible, keep_all, taus
@@ -175,3 +175,31 @@ def test_a_moment_of_zero_changes_nothing(backend, integrator, ranks):
         result = method.step(point, objective, method.init(point), gt.Tolerance(1e-9))
         ends.append(case.dense(result.point))
     assert_close(*ends, 1e-12)
+
+
+@given(data=st.data())
+def test_basis_parts_follow_a_core_that_is_stepped(backend, data):
+    # Kdot_i stands for Kdot_i Q_i^T, and what of that is still tangent at the new core stays.
+    case = data.draw(cases(backend))
+    point = case.point()
+    moment = gt.project(point, case.array(case.normal(*case.shape, stream=5)))
+    new = case.array(case.normal(*case.ranks, stream=6))
+    turned = regauge(moment.factors, point.core, new)
+    for mode, (before, after) in enumerate(zip(moment.factors, turned, strict=True)):
+        old_q, new_q = (
+            backend.numpy(right_bases(core)[mode]).astype(np.float64) for core in (point.core, new)
+        )
+        ambient = backend.numpy(before).astype(np.float64) @ old_q.T
+        got = backend.numpy(after).astype(np.float64) @ new_q.T
+        assert_close(got, ambient @ new_q @ new_q.T, case.tol)
+    # Another sign of the core turns the gauge, and changes nothing.
+    for mode, (before, after) in enumerate(
+        zip(moment.factors, regauge(moment.factors, point.core, -point.core), strict=True)
+    ):
+        q, minus_q = (
+            backend.numpy(right_bases(core)[mode]).astype(np.float64)
+            for core in (point.core, -point.core)
+        )
+        pairs = (before, q), (after, minus_q)
+        old, same = (backend.numpy(k).astype(np.float64) @ b.T for k, b in pairs)
+        assert_close(same, old, case.tol)

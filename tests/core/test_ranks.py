@@ -106,6 +106,9 @@ def test_floor_and_cap():
         (gt.Tolerance(0.0, cap=2), 2),
         (gt.Tolerance(0.0, cap=9), 4),
         (gt.Tolerance(0.9, floor=2, cap=2), 2),
+        (gt.Tolerance(0.9, spare=2), 3),
+        (gt.Tolerance(0.9, spare=9), 4),
+        (gt.Tolerance(0.9, spare=2, cap=2), 2),
     ]:
         assert rule.mode_rank(values, 0, (9, 9)) == expected
     tensor = np.random.default_rng(0).standard_normal((5, 4, 3))
@@ -204,6 +207,7 @@ ERRORS = {
     "floor 1.5": (lambda: gt.Tolerance(0.1, floor=1.5), "floor: expected a positive"),
     "cap": (lambda: gt.Tolerance(0.1, 3, 2), "at least floor = 3, got 2"),
     "cap 2.5": (lambda: gt.Tolerance(0.1, cap=2.5), "cap: expected an integer"),
+    "spare": (lambda: gt.Tolerance(0.1, spare=-1), "spare: expected zero or a positive"),
     "hysteresis": (lambda: gt.Tolerance(0.1, hysteresis=1.0), "hysteresis: expected a number in"),
     "facts": (
         lambda: gt.truncate([gt.hosvd(TENSOR, 2)], gt.Fixed(1), []),

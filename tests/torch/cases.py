@@ -1,15 +1,31 @@
 """Layers of every kind with inputs for them, which several tests draw."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from hypothesis import assume
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from geotucker_torch import TuckerConv1d, TuckerConv2d, TuckerConv3d, TuckerLinear, TuckerModule
+import geotucker as gt
+from geotucker_torch import (
+    TDLRT,
+    TuckerConv1d,
+    TuckerConv2d,
+    TuckerConv3d,
+    TuckerConvTranspose1d,
+    TuckerConvTranspose2d,
+    TuckerConvTranspose3d,
+    TuckerEmbedding,
+    TuckerLinear,
+    TuckerModule,
+    factorize,
+)
 
 DOUBLE = {"dtype": torch.float64}
 CONVS = {1: TuckerConv1d, 2: TuckerConv2d, 3: TuckerConv3d}
+TRANSPOSED = {1: TuckerConvTranspose1d, 2: TuckerConvTranspose2d, 3: TuckerConvTranspose3d}
 
 
 def close(a: Tensor, b: Tensor) -> None:
@@ -52,3 +68,72 @@ def linears(draw: st.DrawFn) -> tuple[TuckerModule, Tensor]:
     sizes = [draw(st.integers(1, 6)) for _ in range(2)]
     layer = TuckerLinear(*sizes, ranks=draw(st.integers(1, 3)), bias=draw(st.booleans()), **DOUBLE)
     return layer, torch.randn(*draw(st.sampled_from([(), (3,), (2, 3)])), sizes[0], **DOUBLE)
+
+
+def training(steps: int = 2, ranks: Any = None, **options: Any) -> tuple[TDLRT, Callable[[], None]]:
+    """Return an optimizer in training and a function that takes it to just before a step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(72, 16), nn.Linear(16, 3)
+    )
+    model = factorize(model, {"0": (4, 2, 2, 2), "3": 6}, verbose=False)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = TDLRT(sgd, model, ranks or gt.Tolerance(0.2), **options)
+    x, y = torch.randn(16, 2, 5, 5), torch.randint(3, (16,))
+
+    def backward() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+
+    for _ in range(steps):
+        backward()
+        optimizer.step()
+    return optimizer, backward
+
+
+@st.composite
+def embeddings(draw: st.DrawFn) -> tuple[TuckerModule, Tensor]:
+    torch.manual_seed(draw(st.integers(0, 99)))
+    number, size = draw(st.integers(1, 9)), draw(st.integers(1, 6))
+    layer = TuckerEmbedding(
+        number,
+        size,
+        draw(st.integers(1, 6)),
+        draw(st.none() | st.integers(-number, number - 1)),
+        draw(st.booleans()),
+        **DOUBLE,
+    )
+    shape = draw(st.sampled_from([(), (5,), (2, 7), (0,)]))
+    return layer, torch.randint(
+        number, shape, dtype=draw(st.sampled_from([torch.int32, torch.int64]))
+    )
+
+
+@st.composite
+def transposed(draw: st.DrawFn) -> tuple[TuckerModule, Tensor]:
+    torch.manual_seed(draw(st.integers(0, 99)))
+    order = draw(st.integers(1, 3))
+    sides = st.tuples(*[st.integers(1, 3)] * order)
+    groups = draw(st.integers(1, 3))
+    kernel, dilation, stride = draw(sides), draw(sides), draw(sides)
+    room = [max(s, d) - 1 for s, d in zip(stride, dilation, strict=True)]
+    extra = tuple(draw(st.integers(0, most)) for most in room)
+    padding = tuple(draw(st.integers(0, 2)) for _ in kernel)
+    n = draw(st.integers(2, 4))
+    sizes = zip(stride, padding, dilation, kernel, extra, strict=True)
+    assume(all((n - 1) * s - 2 * p + d * (k - 1) + e >= 0 for s, p, d, k, e in sizes))
+    layer = TRANSPOSED[order](
+        groups * draw(st.integers(1, 3)),
+        groups * draw(st.integers(1, 3)),
+        kernel,
+        draw(st.integers(1, 3)),
+        stride,
+        padding,
+        extra,
+        groups,
+        draw(st.booleans()),
+        dilation,
+        **DOUBLE,
+    )
+    x = torch.randn(layer.in_channels, *[n] * order, **DOUBLE)
+    return layer, x if draw(st.booleans()) else torch.stack([x, x.flip(1)])

@@ -27,7 +27,7 @@ from geotucker_torch import (
 from geotucker_torch._inference import candidates, measure
 from geotucker_torch._modules import has_hooks
 
-from .cases import DOUBLE, close, convolutions, linears
+from .cases import DOUBLE, close, convolutions, embeddings, linears, transposed
 
 NAMES = ["dense", "project-kernel-spread", "kernel-spread", "project-kernel"]
 
@@ -72,7 +72,7 @@ def prefer(monkeypatch: pytest.MonkeyPatch, *wanted: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-@given(st.one_of(linears(), convolutions()))
+@given(st.one_of(linears(), convolutions(), embeddings(), transposed()))
 def test_every_candidate_computes_the_same(case: tuple[TuckerModule, Tensor]) -> None:
     layer, x = case
     modules = candidates(layer)

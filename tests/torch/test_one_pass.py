@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import geotucker as gt
+from geotucker._geometry import right_bases
 from geotucker.testing import check_orthonormal
 from geotucker_torch import (
     TDLRT,
@@ -402,3 +403,89 @@ def test_a_failed_step_leaves_the_lift_as_it_was():
             optimizer.step()
         weights.append([layer.dense_weight().detach() for layer in (model[0], model[2])])
     torch.testing.assert_close(*weights, rtol=0, atol=1e-13)
+
+
+def test_momentum_of_the_bases_outlasts_steps_of_the_cores():
+    model, x, y = data()
+    inner = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    optimizer = TDLRT(inner, model, basis_every=2)
+    layer = model[0]
+
+    def step():
+        optimizer.zero_grad()
+        (model(x) - y).square().sum().backward()
+        optimizer.step()
+        return right_bases(layer.core.detach()), dict(optimizer.state[layer.core]["tangent"])
+
+    (q_old, before), (q_new, after) = step(), step()
+    assert not torch.allclose(q_old[0], q_new[0])
+    parts = before["momentum_buffer"], after["momentum_buffer"]
+    for old, new, b, c in zip(*parts, q_old, q_new, strict=True):
+        assert old.abs().max() > 0
+        torch.testing.assert_close(new @ c.T, old @ b.T @ c @ c.T, rtol=0, atol=1e-12)
+    assert list(after) == ["momentum_buffer"]
+
+
+def test_bases_move_in_every_step_at_first_and_then_in_every_second(monkeypatch):
+    monkeypatch.setattr("geotucker_torch._optimizer._EARLY", 6)
+    model, x, y = data()
+    optimizer = TDLRT(sgd(model, lr=1e-4), model)
+    moved = []
+    for _ in range(10):
+        before = [factor.clone() for factor in model[0].factors]
+        optimizer.zero_grad()
+        (model(x) - y).square().sum().backward()
+        optimizer.step()
+        moved.append(not all(map(torch.equal, before, model[0].factors)))
+    assert moved == [True] * 6 + [True, False] * 2
+
+
+@pytest.mark.parametrize("integrator", ["tangent", "tdlrt"])
+@pytest.mark.parametrize("every", [1, 2])
+def test_adam_moves_a_weight_as_far_as_the_dense_one(integrator, every):
+    torch.manual_seed(0)
+    layer = TuckerLinear(40, 30, ranks=3, dtype=torch.float64)
+    x, g = torch.randn(200, 40).double(), torch.randn(200, 30).double()
+    rate = 1e-3
+    # After the first steps the moments of entries differ, so that only these are exact.
+    inner = torch.optim.AdamW(layer.parameters(), rate, weight_decay=0.1, eps=1e-30)
+    optimizer = TDLRT(inner, layer, 6, integrator=integrator, basis_every=every)
+    for _ in range(every):
+        before = layer.dense_weight().detach().clone()
+        optimizer.zero_grad()
+        (layer(x) * g).sum().backward()
+        with torch.no_grad():
+            optimizer.step()
+        moved = layer.dense_weight().detach() - before * (1 - rate * 0.1)
+        expected = rate * (30 * 40) ** 0.5
+        assert abs(moved.norm() / expected - 1) < (1e-6 if optimizer._steps == 1 else 0.3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (torch.optim.Adam, {"match_rms": False}),
+        (torch.optim.SGD, {}),
+        (torch.optim.Adadelta, {}),
+    ],
+)
+def test_steps_that_are_not_to_be_matched_stay(kind, options):
+    model, x, y = data()
+    inner = kind(model.parameters(), lr=1e-3)
+    optimizer = TDLRT(inner, model, 100, basis_every=2, **options)
+
+    def backward():
+        optimizer.zero_grad()
+        (model(x) - y).square().sum().backward()
+
+    backward()
+    optimizer.step()
+    backward()  # the second step is one of the cores alone
+    core = model[0].core
+    alone = torch.nn.Parameter(core.detach().clone())
+    alone.grad, other = core.grad.clone(), kind([alone], lr=1e-3)
+    state = {k: v for k, v in inner.state[core].items() if k != "tangent"}
+    other.state[alone] = copy.deepcopy(state)
+    other.step()
+    optimizer.step()
+    assert torch.equal(core, alone)

@@ -69,7 +69,7 @@ def test_is_the_dense_layer(drawn):
 def test_every_order_of_contraction_gives_the_same(drawn):
     layer, x = drawn
     rows = x.reshape(-1, *layer.in_shape)
-    expected = layer._contract(x).reshape(len(rows), *layer.out_shape)
+    expected = layer(x).reshape(len(rows), *layer.out_shape)
     if layer.bias is not None:
         expected = expected - layer.bias.reshape(layer.out_shape)
     factors = list(layer.factors)
@@ -477,6 +477,18 @@ def test_loads_dense_weights_and_back():
     assert model[0].ranks == (2, 2, 2, 2)
     with pytest.raises(RuntimeError, match=r"size mismatch for 0\.weight"):
         model.load_state_dict(nn.Sequential(nn.Linear(20, 31)).state_dict())
+
+
+def test_attention_of_tensors_becomes_dense_and_loads():
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.MultiheadAttention(16, 2, kdim=12, vdim=6))
+    model = factorize(copy.deepcopy(dense), 3, tensorise=2, rescale=False, verbose=False)
+    assert model[0].k_proj.shape == (4, 4, 3, 4)
+    inputs = torch.randn(5, 3, 16), torch.randn(7, 3, 12), torch.randn(7, 3, 6)
+    expected = model[0](*inputs)[0]
+    load_weights(dense, model.state_dict())
+    for other in (dense, densify(copy.deepcopy(model)), finalize(model)):
+        torch.testing.assert_close(other[0](*inputs)[0], expected, rtol=0, atol=1e-5)
 
 
 def test_a_state_alone_has_the_tensor():

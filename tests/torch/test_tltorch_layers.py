@@ -209,6 +209,16 @@ def test_what_they_do_not_have_stays_ours(tltorch, layer):
     assert to_tltorch(layer) is layer
 
 
+def test_tied_layers_and_projections_of_attention_stay_ours(tltorch):
+    tied = nn.Sequential(TuckerLinear(4, 4, 2), TuckerLinear(4, 4, 2), TuckerLinear(4, 4, 2))
+    tied[1].tie(tied[0])
+    before = list(tied)
+    to_tltorch(tied)
+    assert [new is old for new, old in zip(tied, before, strict=True)] == [True, True, False]
+    model = factorize(nn.Sequential(nn.MultiheadAttention(16, 2)), 2, verbose=False)
+    assert isinstance(to_tltorch(model)[0].q_proj, TuckerLinear)
+
+
 def test_a_lift_does_not_leave_the_layer(tltorch):
     layer, x = TuckerTensorLinear((2, 3), (2, 3), 1, **DOUBLE), torch.randn(5, 6, **DOUBLE)
     optimizer = TDLRT(torch.optim.SGD(layer.parameters(), 0.1), layer)

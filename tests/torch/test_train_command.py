@@ -28,7 +28,7 @@ APP.command()(command)
 
 QUICK = ["--batch-size", "256", "--epochs", "2", "--model", "mlp"]
 QUICK += ["--ranks", "16", "--tolerance", "0.2"]
-DRAW = _main.draw
+DRAW, REPORT = _main.draw, _main.report
 FILES = {
     "checkpoint.safetensors",
     "config.json",
@@ -36,13 +36,15 @@ FILES = {
     "metrics.jsonl",
     "model.safetensors",
     "picture.png",
+    "report.html",
 }
 
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Work in an empty folder; draw no picture, which takes longer than the training."""
-    monkeypatch.setattr(_main, "draw", lambda _, path: path.touch())
+    """Work in an empty folder; draw no pictures, which takes longer than the training."""
+    for name in ("draw", "report"):
+        monkeypatch.setattr(_main, name, lambda *arguments, **_: arguments[-1].touch())
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("GEOTUCKER_DATA_DIR", raising=False)
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
@@ -63,6 +65,7 @@ def without_seconds(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def test_a_run_leaves_its_files_and_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_main, "draw", DRAW)
+    monkeypatch.setattr(_main, "report", REPORT)
     result = run(*QUICK)
     assert result.exit_code == 0, result.output
     folder = Path("runs/digits-mlp-0")
@@ -79,6 +82,11 @@ def test_a_run_leaves_its_files_and_says_where(monkeypatch: pytest.MonkeyPatch) 
     picture = matplotlib.image.imread(folder / "picture.png")
     assert picture.shape[1] >= 1200
     assert picture.std() > 0.05
+    page = (folder / "report.html").read_text()
+    assert "mlp on digits" in page
+    for ranks in last["ranks"].values():
+        assert str(tuple(ranks)) in result.output
+        assert "x".join(map(str, ranks)) in page
 
 
 def test_metrics_agree_with_the_saved_weights() -> None:

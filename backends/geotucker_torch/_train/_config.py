@@ -82,7 +82,7 @@ class Config:
     ranks: tuple[str, ...] = ()
     floor: int = 1
     cap: int | None = None
-    basis_every: int = 1
+    basis_every: int | None = None
     # the recipe, the same for the dense baseline
     optimizer: str | None = None
     lr: float | None = None

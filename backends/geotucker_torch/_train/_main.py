@@ -11,6 +11,7 @@ from rich.text import Text
 
 from geotucker import GeotuckerError
 
+from .. import TDLRT, Spectra, report, spectra
 from ._config import Config
 from ._errors import OptionError, ResumeError, RunError
 from ._picture import draw
@@ -47,9 +48,10 @@ def main(options: Mapping[str, Any], given: Set[str]) -> int:
             console.print(Text(f"results go to {folder}"), soft_wrap=True)
         with Display(run, console, options["quiet"]) as display:
             train(run, display)
-        files = finish(run)
+        measured = _measured(run)
+        files = finish(run, measured)
         if not options["quiet"]:
-            print_report(run, console, files)
+            print_report(run, measured, console, files)
     except KeyboardInterrupt:
         return _fail("interrupted", _INTERRUPTED, folder)
     except RunError as error:
@@ -59,16 +61,24 @@ def main(options: Mapping[str, Any], given: Set[str]) -> int:
     return 0
 
 
-def finish(run: Run) -> list[Path]:
-    """Write weights and picture of a run whose epochs are done; return all its files."""
+def finish(run: Run, measured: Spectra) -> list[Path]:
+    """Write weights, picture and report of a run whose epochs are done; return all its files."""
     files = []
     for network in run.networks:
         name = "model" if network is run.tucker else network.name
         files.append(run.folder / f"{name}.safetensors")
         save_weights(files[-1], network, run.config, run.data)
-    files.append(run.folder / "picture.png")
-    draw(run, files[-1])
-    return files + [run.folder / name for name in (METRICS, CONFIG, CHECKPOINT)]
+    picture, page = run.folder / "picture.png", run.folder / "report.html"
+    draw(run, measured, picture)
+    report(measured, page, title=f"{run.config.model} on {run.data.name}")
+    return [*files, picture, page, *(run.folder / name for name in (METRICS, CONFIG, CHECKPOINT))]
+
+
+def _measured(run: Run) -> Spectra:
+    """Measure the Tucker network, ranks over time too."""
+    optimizer = run.tucker.optimizer
+    assert isinstance(optimizer, TDLRT)
+    return spectra(optimizer)
 
 
 def _fresh(options: Mapping[str, Any]) -> tuple[Config, Path]:

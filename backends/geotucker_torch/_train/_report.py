@@ -1,6 +1,5 @@
 """What a run says at its end: the two networks side by side, layer by layer, and the files."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,27 +8,29 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ._networks import layer_shapes, tucker_layers
+from .._spectra import Spectra, summary
 from ._progress import label
 from ._run import Run
 
 __all__ = ["print_report"]
 
 
-def print_report(run: Run, console: Console, files: Sequence[Path]) -> None:
+def print_report(run: Run, measured: Spectra, console: Console, files: Sequence[Path]) -> None:
     """Print the results of a finished run.
 
     Parameters
     ----------
     run : Run
         All its epochs are done.
+    measured : Spectra
+        Of its Tucker network.
     console : rich.console.Console
         Where to print.
     files : sequence of Path
         The files that the run has written.
     """
     console.print()
-    console.print(_layers(run))
+    console.print(Text(summary(measured)), soft_wrap=True)
     console.print()
     console.print(_comparison(run))
     console.print()
@@ -61,36 +62,3 @@ def _comparison(run: Run) -> Table:
 def _best(rows: Sequence[dict[str, Any]]) -> str:
     best = max(rows, key=lambda row: row["test_accuracy"])
     return f"{100 * best['test_accuracy']:.2f}% (epoch {best['epoch']})"
-
-
-def _layers(run: Run) -> Table:
-    """Return the table of the Tucker network's layers."""
-    table = Table(title="Layers", title_justify="left")
-    for name in ("layer", "shape", "ranks"):
-        table.add_column(name)
-    for name in ("dense", "Tucker", "saved"):
-        table.add_column(name, justify="right")
-    model, tucker = run.tucker.model, tucker_layers(run.tucker.model)
-    shapes = layer_shapes(model) | {name: layer.shape for name, layer in tucker.items()}
-    dense_rest, tucker_rest = run.tucker.dense_parameters, run.tucker.parameters
-    for name in (name for name, _ in model.named_modules() if name in shapes):
-        dense = size = math.prod(shapes[name])
-        ranks = "dense"
-        if name in tucker:
-            size, ranks = tucker[name].point.size, _by(tucker[name].ranks)
-        table.add_row(name, _by(shapes[name]), ranks, *_sizes(dense, size))
-        dense_rest, tucker_rest = dense_rest - dense, tucker_rest - size
-    table.add_row("biases and others", "", "", *_sizes(dense_rest, tucker_rest))
-    table.add_section()
-    sizes = _sizes(run.tucker.dense_parameters, run.tucker.parameters)
-    table.add_row("total", "", "", *sizes)
-    return table
-
-
-def _by(sizes: Sequence[int]) -> str:
-    return "x".join(map(str, sizes))
-
-
-def _sizes(dense: int, tucker: int) -> tuple[str, str, str]:
-    saved = f"{100 * (1 - tucker / dense):.1f}%" if dense else ""
-    return f"{dense:,}", f"{tucker:,}", saved

@@ -76,8 +76,13 @@ def train(
         typer.Option(help="With --budget or --tolerance: no rank goes above.", show_default=False),
     ] = None,
     basis_every: Annotated[
-        int, typer.Option(help="Move the bases once in so many steps; only cores in between.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            help="Move the bases once in so many steps; only cores in between. "
+            "[default: 1 for 1000 steps, then 2]",
+            show_default=False,
+        ),
+    ] = None,
     optimizer: Annotated[
         str | None,
         typer.Option(
@@ -139,8 +144,9 @@ def train(
     """Train a network in Tucker format, its ranks adapting, beside its dense baseline.
 
     Without options: scikit-learn's digits, in less than a minute. Each run has a folder with
-    the weights (safetensors), the metrics (JSON lines), a picture, and a checkpoint: a run
-    that was killed goes on with --resume FOLDER and ends bit by bit as if it had not been.
+    the weights (safetensors), the metrics (JSON lines), a picture, a page on the ranks, and a
+    checkpoint: a run that was killed goes on with --resume FOLDER and ends bit by bit as if it
+    had not been.
     """
     from ._main import main  # here: the help page needs neither matplotlib nor rich
 

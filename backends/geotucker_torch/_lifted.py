@@ -1,0 +1,79 @@
+"""What a training step has done so far with one Tucker tensor: the record that its layers share."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor
+
+import geotucker as gt
+
+__all__ = ["Extension", "Lift", "Use"]
+
+
+class Extension(NamedTuple):
+    """How a layer extends its bases; set by an optimizer.
+
+    Parameters
+    ----------
+    galerkin : bool
+        Whether the gradient of the wider core is the whole one or a tangent vector.
+    drift : tuple of Tensor, shapes (n_i, r_i), optional
+        What the optimizer's moments add to the directions, in the units of its gradients.
+    """
+
+    galerkin: bool = True
+    drift: tuple[Tensor, ...] | None = None
+
+
+class Use(NamedTuple):
+    """What one use of a weight in a graph has for the gradients, at the point of that pass.
+
+    Parameters
+    ----------
+    point : TuckerPoint
+        The point; it shares its memory with the parameters of that moment.
+    directions : list of Tensor, shapes (n_i, r_i) or (n_i, 0)
+        The ``grad_{K_i} L``, if they are wanted.
+    right : list of Tensor or None
+        The Q_i of ``Mat_i(C)^T = Q_i S_i^T``.
+    tangent : Tensor, optional
+        Gradient of the core, if the directions and it are all that counts.
+    whole : callable, optional
+        Else: from any bases to the gradient of the core in them.
+    """
+
+    point: gt.TuckerPoint
+    directions: list[Tensor]
+    right: list[Tensor | None]
+    tangent: Tensor | None
+    whole: Callable[[Sequence[Tensor]], Tensor] | None
+
+
+@dataclass(eq=False)
+class Lift:
+    """The state of a Tucker tensor between two steps of an optimizer.
+
+    Layers that are tied, that is have the same core and factors, have the same record too.
+    """
+
+    # Set by an optimizer: the next backward pass shall extend the bases, and how (see `_lift`).
+    armed: bool = False
+    extension: Extension = field(default_factory=Extension)
+    # Of the loss whose gradients it has, as against the gradients that the optimizer steps with.
+    loss_scale: Tensor | float = 1.0
+    # The point before that happened, until a step is taken or the gradients are reset, and the
+    # Q_i of Mat_i(C)^T = Q_i S_i^T of its incomplete modes; the largest entry of the gradient that
+    # it left then, and the version of the core that it wrote.
+    narrow: gt.TuckerPoint | None = None
+    right: Sequence[Tensor | None] | None = None
+    lifted_norm: Tensor | None = None
+    version: int = 0
+    # Forward passes since the bases were last moved: more than one may be in one graph. What they
+    # have for the gradients waits for the end of the backward pass, by the number of that.
+    uses: int = 0
+    waiting: dict[int, list[Use]] = field(default_factory=dict)
+
+    def forget_uses(self) -> None:
+        """Start to count again, and drop what a backward pass that has failed left behind."""
+        self.uses, self.waiting = 0, {}

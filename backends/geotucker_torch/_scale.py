@@ -1,0 +1,65 @@
+"""The size of a core's step under optimizers that normalise gradients entry by entry.
+
+Adam and its kin move every entry by about the learning rate, so a weight of N entries moves by
+about ``lr sqrt(N)`` in the Frobenius norm, whatever its gradient. In Tucker format only the n
+entries of the core are stepped, in orthonormal bases, and the weight would move by
+``lr sqrt(n)``: at low ranks, a small part of what the learning rate means for the dense layer. The
+factor ``sqrt(N / n)`` gives the weight the root mean square per step that it has there. (Muon's
+steps are matched to Adam's in the same way: Liu et al. 2025, arXiv:2502.16982, section 2.2.)
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["moving_entries", "normalises", "scale_step"]
+
+# Second moments by which a step is divided.
+_DIVISORS = {"exp_avg_sq", "exp_inf", "square_avg", "sum"}
+
+
+def normalises(state: Mapping[str, Any]) -> bool:
+    """Tell from its state for a parameter whether an optimizer normalises entry by entry.
+
+    Adadelta's steps are in units of its past steps, and are none of these.
+    """
+    return not _DIVISORS.isdisjoint(state) and "acc_delta" not in state
+
+
+def moving_entries(ranks: Sequence[int], wide: Sequence[int], tangent: bool) -> int:
+    """Count the entries of a core that has been widened from `ranks` that a step moves.
+
+    Examples
+    --------
+    >>> moving_entries((2, 3), (4, 5), tangent=False), moving_entries((2, 3), (4, 5), tangent=True)
+    (20, 16)
+    """
+    if not tangent:
+        return math.prod(wide)
+    old = math.prod(ranks)  # one block beside it in each mode
+    return old + sum((m - r) * old // r for r, m in zip(ranks, wide, strict=True))
+
+
+def scale_step(
+    core: Tensor, before: Tensor, factor: float, group: Mapping[str, Any], decoupled: bool
+) -> None:
+    """Scale the step that has led from `before` to `core`, but not its decoupled weight decay.
+
+    Parameters
+    ----------
+    core : Tensor
+        Is written in place.
+    before : Tensor
+    factor : float
+    group : mapping
+        The parameter group, with "lr" and "weight_decay".
+    decoupled : bool
+        Whether the weight decays beside the step, as in AdamW.
+    """
+    start = before
+    if decoupled:
+        start = before * (1.0 - group["lr"] * group.get("weight_decay", 0.0))
+    core.copy_(torch.lerp(start, core, factor))
