@@ -38,6 +38,18 @@ _ORDER: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
+@torch.compiler.disable
+def _uncompiled(layer: "TuckerModule", layer_map: LayerMap, x: Tensor) -> Tensor:
+    """Run a layer outside of compiled graphs, which are then valid at all ranks."""
+    return layer._apply_eagerly(layer_map, x)
+
+
+def _is_transformed() -> bool:
+    """Tell whether a transform of torch.func is active: it wants gradients, and no lift."""
+    active: bool = getattr(torch._C, "_are_functorch_transforms_active", bool)()
+    return active
+
+
 def _of_lift(name: str) -> Any:
     """Return an attribute that tied layers share."""
     return property(
@@ -244,9 +256,15 @@ class TuckerModule(nn.Module):
         return self._apply_map(self.map, x)
 
     def _apply_map(self, layer_map: LayerMap, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and torch.is_grad_enabled() and self._lift.moving:
+            return _uncompiled(self, layer_map, x)
+        return self._apply_eagerly(layer_map, x)
+
+    def _apply_eagerly(self, layer_map: LayerMap, x: Tensor) -> Tensor:
         # Who has written into a lifted core by hand wants to see it used.
         extends = self.armed or (self.narrow is not None and self._untouched)
-        if extends and self.core.requires_grad and torch.is_grad_enabled():
+        extends = extends and self.core.requires_grad and torch.is_grad_enabled()
+        if extends and not _is_transformed():
             return lifting(self, layer_map, x)
         return contract(layer_map, x, self.core, list(self.factors), self.bias)
 
