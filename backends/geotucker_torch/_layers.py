@@ -38,10 +38,12 @@ _ORDER: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
-@torch.compiler.disable
-def _uncompiled(layer: "TuckerModule", layer_map: LayerMap, x: Tensor) -> Tensor:
-    """Run a layer outside of compiled graphs, which are then valid at all ranks."""
+def _run(layer: "TuckerModule", layer_map: LayerMap, x: Tensor) -> Tensor:
     return layer._apply_eagerly(layer_map, x)
+
+
+# Outside of compiled graphs, which are then valid at all ranks.
+_uncompiled: Any = torch.compiler.disable(_run)
 
 
 def _is_transformed() -> bool:
@@ -257,7 +259,8 @@ class TuckerModule(nn.Module):
 
     def _apply_map(self, layer_map: LayerMap, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() and torch.is_grad_enabled() and self._lift.moving:
-            return _uncompiled(self, layer_map, x)
+            output: Tensor = _uncompiled(self, layer_map, x)
+            return output
         return self._apply_eagerly(layer_map, x)
 
     def _apply_eagerly(self, layer_map: LayerMap, x: Tensor) -> Tensor:
