@@ -22,7 +22,8 @@ from typing import Annotated
 import typer
 
 RECIPE = ["--data", "mnist", "--model", "lenet5", "--optimizer", "sgd", "--lr", "0.2",
-          "--batch-size", "64", "--epochs", "12", "--threads", "1"]  # fmt: skip
+          "--batch-size", "64", "--epochs", "12", "--basis-every", "1",
+          "--threads", "1"]  # fmt: skip
 SETTINGS = {
     "5%": ["--budget", "5%"],  # with the dense baseline
     "3%": ["--budget", "3%", "--no-baseline"],

@@ -1,7 +1,7 @@
 """Tucker layers: ``nn.Linear`` and ``nn.ConvNd`` whose weight is kept as core and factors."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any, ClassVar, TypeVar
 
@@ -39,6 +39,16 @@ _ORDER: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 # What the axes of a kernel are called, by their number.
 _KERNEL = ((), ("width",), ("height", "width"), ("depth", "height", "width"))
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+# Calls outside of compiled graphs, which are then valid at all ranks.
+_called_eagerly: Any = torch.compiler.disable(lambda run, *arguments: run(*arguments))
+
+
+def _is_transformed() -> bool:
+    """Tell whether a transform of torch.func is active: it wants gradients, and no lift."""
+    active: bool = getattr(torch._C, "_are_functorch_transforms_active", bool)()
+    return active
 
 
 def _of_lift(name: str) -> Any:
@@ -250,16 +260,27 @@ class TuckerModule(nn.Module):
         return self._apply_map(self.map, x)
 
     def _apply_map(self, layer_map: LayerMap, x: Tensor) -> Tensor:
+        return self._uncompiled(self._contracted, layer_map, x)
+
+    def _contracted(self, layer_map: LayerMap, x: Tensor) -> Tensor:
         if self._lifts:
             return lifting(self, layer_map, x)
         return contract(layer_map, x, self.core, list(self.factors), self.bias)
+
+    def _uncompiled(self, run: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        """Call a function, outside of compiled graphs where an optimizer moves the bases."""
+        if torch.compiler.is_compiling() and torch.is_grad_enabled() and self._lift.moving:
+            output: Tensor = _called_eagerly(run, *arguments)
+            return output
+        return run(*arguments)
 
     @property
     def _lifts(self) -> bool:
         """Whether the backward of a pass that is made now brings its gradient by `_lift`."""
         # Who has written into a lifted core by hand wants to see it used.
         extends = self.armed or (self.narrow is not None and self._untouched)
-        return extends and self.core.requires_grad and torch.is_grad_enabled()
+        extends = extends and self.core.requires_grad and torch.is_grad_enabled()
+        return extends and not _is_transformed()
 
     @property
     def map(self) -> LayerMap:

@@ -57,6 +57,8 @@ class Lift:
     Layers that are tied, that is have the same core and factors, have the same record too.
     """
 
+    # Set by an optimizer: it moves the bases, so that ranks may change in any step.
+    moving: bool = False
     # Set by an optimizer: the next backward pass shall extend the bases, and how (see `_lift`).
     armed: bool = False
     extension: Extension = field(default_factory=Extension)

@@ -101,6 +101,10 @@ class TDLRT(Optimizer):
     also under ``torch.autograd.grad``; hooks on the core do not see it, and second derivatives are
     refused.
 
+    *Transforms.* In training ``torch.compile`` leaves Tucker layers that an optimizer moves outside
+    of its graphs, so that no change of rank compiles anything anew. Under the transforms of
+    ``torch.func`` layers are ordinary functions of their parameters and extend nothing.
+
     *Two passes.* Tucker tensors in modules of other kinds need a closure: ``step(closure)``
     calls it twice in a step that extends the bases, at one and the same weight.
 
@@ -460,7 +464,7 @@ class TDLRT(Optimizer):
 
 def _disarm(layers: list[TuckerModule]) -> None:
     for layer in layers:
-        layer.armed = False
+        layer.armed = layer._lift.moving = False
 
 
 def _trained_slots(model: nn.Module, optimizer: Optimizer) -> list[Slot]:
@@ -475,12 +479,16 @@ def _trained_slots(model: nn.Module, optimizer: Optimizer) -> list[Slot]:
 
 
 def _share_lifts(slots: Sequence[Slot]) -> None:
-    """Give layers one record for each tensor: some may have been tied, or untied, by hand."""
+    """Give layers one record for each tensor: some may have been tied, or untied, by hand.
+
+    From now on their bases move.
+    """
     taken: list[Lift] = []
     for slot in slots:
         if slot.layer is not None:
             lift = slot.layer._lift if slot.layer._lift not in taken else Lift()
             taken.append(lift)
+            lift.moving = True
             for layer in slot.layers:
                 layer._lift = lift
 

@@ -117,6 +117,9 @@ class TuckerTensorLinear(TuckerModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the dense layer's map, by contraction of core and factors."""
+        return self._uncompiled(self._applied, x)
+
+    def _applied(self, x: Tensor) -> Tensor:
         batch, factors, outputs = self._entered(x), list(self.factors), self.out_modes
         if self._lifts:
             return self._left(lifting_tensorised(self, batch), x)

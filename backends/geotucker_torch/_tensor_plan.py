@@ -66,17 +66,18 @@ def operations(sizes: TensorSizes, projected: Projected, folding: bool = True) -
     """
     modes = list(zip(sizes.shape, sizes.ranks, projected, strict=True))
     outputs, inputs = modes[: len(sizes.out_shape)], modes[len(sizes.out_shape) :]
-    kernel_out, kernel_in = (
-        math.prod(r if meets else n for n, r, meets in side) for side in (outputs, inputs)
-    )
+    # Lists, as torch.compile cannot trace generators here.
+    kernel_out, kernel_in = [
+        math.prod([r if meets else n for n, r, meets in side]) for side in (outputs, inputs)
+    ]
     total = sizes.batch * kernel_out * kernel_in
     for side in (outputs, inputs):
         steps = [(n, r) for n, r, meets in side if meets]
-        rest = sizes.batch * math.prod(n for n, _, meets in side if not meets)
+        rest = sizes.batch * math.prod([n for n, _, meets in side if not meets])
         # Projecting takes n to r, and spreading r to n by the same steps backwards.
         total += _chain(rest, steps)
     if folding:
-        core = math.prod(r for _, r, meets in modes if meets)
+        core = math.prod([r for _, r, meets in modes if meets])
         total += _chain(core, [(r, n) for n, r, meets in modes if not meets])
     return total
 
@@ -91,7 +92,7 @@ def _chain(rest: int, steps: Sequence[tuple[int, int]]) -> int:
     steps : sequence of pairs
         Sizes of the axes, before and after.
     """
-    total, extent = 0, rest * math.prod(before for before, _ in steps)
+    total, extent = 0, rest * math.prod([before for before, _ in steps])
     for i in ordered(steps):
         before, after = steps[i]
         total += extent * after
