@@ -1,5 +1,6 @@
 """Layers of every kind with inputs for them, which several tests draw."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,62 @@ def close(a: Tensor, b: Tensor) -> None:
     """Check equality in double precision, up to rounding."""
     assert a.shape == b.shape
     assert (a - b).norm() <= 1e-12 * b.norm()
+
+
+def sgd(model: nn.Module, **settings: Any) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), **{"lr": 0.1, "momentum": 0.9, **settings})
+
+
+def some_loss(model: nn.Module, x: Tensor) -> Tensor:
+    y = model(x)
+    return (y - 1).square().mean() + (y**3).mean() / 10
+
+
+def trained(
+    model: Any,
+    x: Tensor,
+    *,
+    one_pass: bool,
+    rule: Any = None,
+    number: int = 3,
+    loss_of: Callable[[nn.Module, Tensor], Tensor] = some_loss,
+) -> Any:
+    """Train a copy for a few steps of TDLRT, without a closure if one pass suffices."""
+    model = copy.deepcopy(model)
+    optimizer = TDLRT(sgd(model), model, rule, integrator="tdlrt", one_pass=one_pass)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(model, x)
+        loss.backward()
+        return loss
+
+    for _ in range(number):
+        if one_pass:
+            closure()
+            optimizer.step()
+        else:
+            optimizer.step(closure)
+    return model
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(8, 16, 3, stride=2, padding=1, padding_mode="reflect"),
+        nn.Conv2d(16, 16, 3, groups=2, bias=False),
+        nn.Flatten(),
+        nn.Linear(16 * 4, 10),
+    ).double()
+    model(image())  # the normalisation has seen something
+    return factorize(model, 2, exclude="0", verbose=False)
+
+
+def image() -> Tensor:
+    return torch.randn(2, 3, 8, 8, **DOUBLE)
 
 
 @st.composite

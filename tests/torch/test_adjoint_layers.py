@@ -25,7 +25,7 @@ from geotucker_torch import (
 from geotucker_torch._contract import contract
 from geotucker_torch._plan import CONTRACTIONS
 
-from .cases import embeddings, transposed
+from .cases import embeddings, trained, transposed
 
 DOUBLE = {"dtype": torch.float64}
 either = st.one_of(embeddings(), transposed())
@@ -90,32 +90,11 @@ def test_the_gradient_in_wide_bases_is_the_dense_one(case: Any, integrator: str)
     check_orthonormal(layer.point)
 
 
-def steps(model: Any, x: Tensor, *, one_pass: bool, rule: Any, number: int = 3) -> Any:
-    model = copy.deepcopy(model)
-    sgd = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    optimizer = TDLRT(sgd, model, rule, integrator="tdlrt", one_pass=one_pass)
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        y = model(x)
-        loss = (y - 1).square().mean() + (y**3).mean() / 10
-        loss.backward()
-        return loss
-
-    for _ in range(number):
-        if one_pass:
-            closure()
-            optimizer.step()
-        else:
-            optimizer.step(closure)
-    return model
-
-
 @given(either, st.sampled_from([None, gt.Tolerance(0.1), gt.Fixed(2)]))
 def test_one_pass_is_two(case: Any, rule: Any) -> None:
     layer, x = case
-    assume(x.numel())
-    one, two = (steps(layer, x, one_pass=flag, rule=rule) for flag in (True, False))
+    assume(x.numel() > 1)  # the gradient of one lookup has rank one, the rest is rounding
+    one, two = (trained(layer, x, one_pass=flag, rule=rule) for flag in (True, False))
     assert one.ranks == two.ranks
     close(one.dense_weight(), two.dense_weight(), 1e-12)
     if layer.bias is not None:
@@ -132,7 +111,7 @@ def test_the_padding_is_zero_and_stays_so() -> None:
         assert layer.padding_idx == 5
         check_orthonormal(layer.point)
         x = torch.tensor([[0, 5, 2], [5, 6, 5]])
-        steps_taken = steps(layer, x, one_pass=True, rule=None)
+        steps_taken = trained(layer, x, one_pass=True, rule=None)
         for stage in (layer, steps_taken):
             assert not stage(torch.tensor(5)).any()
             assert stage(torch.tensor(4)).any()

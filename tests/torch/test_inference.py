@@ -27,28 +27,9 @@ from geotucker_torch import (
 from geotucker_torch._inference import candidates, measure
 from geotucker_torch._modules import has_hooks
 
-from .cases import DOUBLE, close, convolutions, embeddings, linears, transposed
+from .cases import DOUBLE, close, convolutions, embeddings, image, linears, network, transposed
 
 NAMES = ["dense", "project-kernel-spread", "kernel-spread", "project-kernel"]
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1),
-        nn.BatchNorm2d(8),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(8, 16, 3, stride=2, padding=1, padding_mode="reflect"),
-        nn.Conv2d(16, 16, 3, groups=2, bias=False),
-        nn.Flatten(),
-        nn.Linear(16 * 4, 10),
-    ).double()
-    model(image())  # the normalisation has seen something
-    return factorize(model, 2, exclude="0", verbose=False)
-
-
-def image() -> Tensor:
-    return torch.randn(2, 3, 8, 8, **DOUBLE)
 
 
 def optimized(model: nn.Module, example: Any, **options: Any) -> nn.Module:

@@ -22,35 +22,12 @@ from geotucker_torch import (
     factorize,
 )
 
-
-def sgd(model, **settings):
-    return torch.optim.SGD(model.parameters(), **{"lr": 0.1, "momentum": 0.9, **settings})
-
-
-def steps(model, x, *, one_pass, rule=None, number=3):
-    """Train a copy for a few steps, without a closure if one pass suffices."""
-    model = copy.deepcopy(model)
-    optimizer = TDLRT(sgd(model), model, rule, integrator="tdlrt", one_pass=one_pass)
-
-    def closure():
-        optimizer.zero_grad()
-        y = model(x)
-        loss = (y - 1).square().mean() + (y**3).mean() / 10
-        loss.backward()
-        return loss
-
-    for _ in range(number):
-        if one_pass:
-            closure()
-            optimizer.step()
-        else:
-            optimizer.step(closure)
-    return model
+from .cases import sgd, trained
 
 
 def assert_one_pass_is_two(layer, x, **settings):
-    one = steps(layer, x, one_pass=True, **settings)
-    two = steps(layer, x, one_pass=False, **settings)
+    one = trained(layer, x, one_pass=True, **settings)
+    two = trained(layer, x, one_pass=False, **settings)
     assert one.ranks == two.ranks
     torch.testing.assert_close(one.dense_weight(), two.dense_weight(), rtol=0, atol=1e-12)
     if layer.bias is not None:

@@ -33,6 +33,8 @@ from geotucker_torch import (
 from geotucker_torch._rules import flops_of
 from geotucker_torch._slots import find_slots
 
+from .cases import sgd, trained
+
 DOUBLE = {"dtype": torch.float64}
 
 
@@ -114,10 +116,6 @@ def build(case: str, ranks: Any = 2, **options: Any) -> tuple[Any, Any, Tensor]:
 def loss_of(model: nn.Module, x: Tensor) -> Tensor:
     y = model(x)
     return (y - 1).square().mean() + (y**3).mean() / 10
-
-
-def sgd(model: nn.Module, lr: float = 0.1) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr, momentum=0.9)
 
 
 def close(a: Tensor, b: Tensor, atol: float = 1e-12) -> None:
@@ -245,25 +243,6 @@ def test_gradients_of_all_uses_reach_the_core_and_the_bases(case: str, integrato
     check_orthonormal(layer.point)
 
 
-def trained(model: Any, x: Tensor, *, one_pass: bool, rule: Any, number: int = 3) -> Any:
-    model = copy.deepcopy(model)
-    optimizer = TDLRT(sgd(model), model, rule, integrator="tdlrt", one_pass=one_pass)
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = loss_of(model, x)
-        loss.backward()
-        return loss
-
-    for _ in range(number):
-        if one_pass:
-            closure()
-            optimizer.step()
-        else:
-            optimizer.step(closure)
-    return model
-
-
 @given(
     case=st.sampled_from(sorted(CASES)),
     ranks=st.integers(1, 3),
@@ -271,7 +250,9 @@ def trained(model: Any, x: Tensor, *, one_pass: bool, rule: Any, number: int = 3
 )
 def test_one_pass_is_two(case: str, ranks: int, rule: Any) -> None:
     model, _, x = build(case, ranks)
-    one, two = (trained(model, x, one_pass=flag, rule=rule) for flag in (True, False))
+    one, two = (
+        trained(model, x, loss_of=loss_of, one_pass=flag, rule=rule) for flag in (True, False)
+    )
     for a, b in zip(tucker_layers(one), tucker_layers(two), strict=True):
         assert a.ranks == b.ranks
         close(a.dense_weight(), b.dense_weight())
@@ -412,7 +393,9 @@ def test_layers_tied_by_hand_train_as_one() -> None:
             head.core, head.factors = model.embed.core, model.embed.factors
         head.bias = model.head.bias
         model.head = head
-        one, two = (trained(m, x, one_pass=True, rule=3) for m in (expected, model))
+        one, two = (
+            trained(m, x, loss_of=loss_of, one_pass=True, rule=3) for m in (expected, model)
+        )
         assert_tied(two)
         close(one.head.dense_weight(), two.head.dense_weight())
 
