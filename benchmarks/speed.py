@@ -150,7 +150,8 @@ class Training:
     @property
     def timed(self) -> Timed:
         """A whole period of the optimizer, if it ever ends."""
-        period = getattr(self.optimizer, "basis_every", 1)
+        period = self.optimizer.basis_every if isinstance(self.optimizer, TDLRT) else 1
+        assert period is not None, "a benchmark states how often bases move"
         return Timed(self.step, 1 if period == NEVER else period)
 
 
@@ -169,8 +170,8 @@ def layer_trainings(dense: Any, x: Tensor) -> dict[str, Training]:
         other = nn.Sequential(tltorch_layer(dense[0], implementation))
         methods[f"tltorch {implementation}"] = Training(other, x, _sgd(other))
     settings: dict[str, dict[str, Any]] = {
-        "TDLRT, whole gradient, one pass": {"integrator": "tdlrt"},
-        "TDLRT, whole gradient, two passes": {"one_pass": False},
+        "TDLRT, whole gradient, one pass": {"integrator": "tdlrt", "basis_every": 1},
+        "TDLRT, whole gradient, two passes": {"one_pass": False, "basis_every": 1},
         "TDLRT, bases in every step": {"basis_every": 1},
         "TDLRT, default": DEFAULT,
         "TDLRT between bases": {"basis_every": NEVER},
