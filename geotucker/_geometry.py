@@ -9,11 +9,11 @@ occurs at any singular value and which are isometric to the ambient space.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from . import _ops
-from ._errors import ShapeError
+from ._errors import NonFiniteError, ShapeError
 from ._hosvd import truncate
 from ._ops import Array
 from ._ranks import as_rule
@@ -129,7 +129,16 @@ def right_basis(core: Array, mode: int) -> Array:
 
 def right_bases(core: Array) -> list[Array]:
     """Return `right_basis` of every mode."""
-    return [right_basis(core, mode) for mode in range(len(_ops.shape(core)))]
+    (found,) = right_bases_of([(core, range(len(_ops.shape(core))))])
+    return [found[mode] for mode in range(len(_ops.shape(core)))]
+
+
+def right_bases_of(cores: Sequence[tuple[Array, Iterable[int]]]) -> list[dict[int, Array]]:
+    """Return `right_basis` of some modes of each core, those of like shapes at once."""
+    wanted = [(core, list(modes)) for core, modes in cores]
+    rows = [(_ops.transpose(_ops.unfold(core, mode)),) for core, modes in wanted for mode in modes]
+    found = iter(_ops.batched(lambda matrix: _ops.qr(matrix)[:1], rows))
+    return [{mode: next(found)[0] for mode in modes} for _, modes in wanted]
 
 
 def fold_right(
@@ -207,48 +216,88 @@ def augment(point: TuckerPoint, directions: Sequence[Array]) -> TuckerPoint:
     >>> wide.ranks, np.allclose(gt.to_dense(wide), 1.0)
     ((2, 2), True)
     """
-    point = pair_of(point)
-    for mode, direction in enumerate(directions):
-        check_finite(direction, f"directions[{mode}]")
-    core, factors = point.core, []
-    for mode, (u, d) in enumerate(zip(point.factors, directions, strict=True)):
-        q, r = extend(u, d)
-        core = core if r is None else _ops.mode_product(core, r, mode)
-        factors.append(q)
-    return TuckerPoint(pad(core, [_ops.shape(q)[1] for q in factors]), tuple(factors))
+    (wide,) = augment_all([pair_of(point)], [directions])
+    if wide is None:
+        for mode, direction in enumerate(directions):
+            check_finite(direction, f"directions[{mode}]")
+        raise NonFiniteError("point: expected finite numbers, got NaN or infinity in a factor")
+    return wide
+
+
+def augment_all(
+    points: Sequence[TuckerPoint], directions: Sequence[Sequence[Array]]
+) -> list[TuckerPoint | None]:
+    """Return `augment` of all points together; None where something is not finite.
+
+    Bases of like shapes are extended at once, and the device is asked once whether all went well.
+    """
+    rows = [
+        (u, d)
+        for point, own in zip(points, directions, strict=True)
+        for u, d in zip(point.factors, own, strict=True)
+    ]
+    extended = iter(extend(rows))
+    wides: list[TuckerPoint | None] = []
+    for point in points:
+        core, factors = point.core, []
+        for mode, found in enumerate([next(extended) for _ in point.factors]):
+            if found is None:
+                break
+            q, r = found
+            core = core if r is None else _ops.mode_product(core, r, mode)
+            factors.append(q)
+        whole = len(factors) == point.order
+        core = pad(core, [_ops.shape(q)[1] for q in factors]) if whole else core
+        wides.append(TuckerPoint(core, tuple(factors)) if whole else None)
+    return wides
 
 
 def extend(
-    basis: Array,  # shape: (n, r)
-    directions: Array,  # shape: (n, k)
-) -> tuple[Array, Array | None]:  # shapes: (n, m) and (r, r), m = min(n, r + k)
-    """Return orthonormal Q with ``basis = Q[:, :r] R``, the rest of Q from `directions`.
+    rows: Sequence[tuple[Array, Array]],  # shapes: (n, r) and (n, k)
+) -> list[tuple[Array, Array | None] | None]:  # shapes: (n, m) and (r, r), m = min(n, r + k)
+    """Return, for each basis and directions, orthonormal Q with ``basis = Q[:, :r] R``.
 
-    No R stands for the identity: the basis was orthonormal and leads Q as it is.
+    The rest of Q is from the directions. No R stands for the identity: the basis was orthonormal
+    and leads Q as it is. None instead of both: something is not finite.
 
     The directions are scaled, so that neither huge nor tiny ones spoil the reflections, and
     projected twice on the complement of the basis before the QR ("twice is enough", Giraud et
     al. 2005). Where they are dependent, Householder's Q completes them by columns that need not
-    be orthogonal to the basis; then ``[basis | directions]`` is decomposed as a whole.
+    be orthogonal to the basis; then ``[basis | directions]`` is decomposed as a whole. So is a
+    basis that has drifted by rounding.
     """
-    n, r = _ops.shape(basis)
-    directions = _scaled(directions[:, : n - r])
+    rows = [(u, d[:, : _ops.shape(u)[0] - _ops.shape(u)[1]]) for u, d in rows]
+    found: list[tuple[Array, Array | None] | None] = []
+    candidates = _ops.batched(_beside, rows)
+    deviations = _ops.floats([deviation for _, deviation in candidates])
+    for (u, d), (q, _), deviation in zip(rows, candidates, deviations, strict=True):
+        if deviation <= 4 * math.sqrt(_ops.shape(u)[0]) * _ops.eps(u):
+            found.append((q if _ops.shape(d)[1] else u, None))
+        elif all(map(math.isfinite, _ops.largest([u, d]))):
+            found.append(_decompose_whole(u, _scaled(d)))
+        else:
+            found.append(None)
+    return found
+
+
+def _beside(basis: Array, directions: Array) -> tuple[Array, Array]:
+    """Set an orthonormal basis of what is new in the directions beside the basis.
+
+    Returned with it is how far the whole is from orthonormal.
+    """
     q = basis
-    if _ops.shape(directions)[1]:
-        new = directions
+    if _ops.shape(directions)[-1]:
+        new = _scaled(directions)
         for _ in range(2):
-            new = new - basis @ (basis.T @ new)
-        q = _ops.concatenate([basis, _ops.qr(new)[0]], 1)
-    identity = _ops.eye(_ops.shape(q)[1], like=basis)
-    # A basis that has drifted by rounding, too, goes the long way and comes out orthonormal.
-    if _ops.max_abs(q.T @ q - identity) <= 4 * math.sqrt(n) * _ops.eps(basis):
-        return q, None
-    return _decompose_whole(basis, directions)
+            new = new - basis @ (_ops.transpose(basis) @ new)
+        q = _ops.concatenate([basis, _ops.qr(new)[0]], -1)
+    error = _ops.transpose(q) @ q - _ops.eye(_ops.shape(q)[-1], like=basis)
+    return q, _ops.max_abs(_ops.max_abs(error, axis=-1), axis=-1)
 
 
 def _scaled(columns: Array) -> Array:
     """Scale columns to a largest entry of one; zero ones stay."""
-    largest = _ops.max_abs(columns, axis=0)
+    largest = _ops.max_abs(columns, axis=-2)[..., None, :]
     return columns / (largest + (largest == 0))
 
 

@@ -12,7 +12,16 @@ from ._ops import Array
 from ._ranks import Facts, ModeRule, RankRule, Ranks, Spectrum, as_rule, choose, tail_norms
 from ._tensor import TuckerPoint, as_point, check_finite, check_floating, pair_of
 
-__all__ = ["Truncation", "hosvd", "orthonormalise", "round", "spectrum", "st_hosvd", "truncate"]
+__all__ = [
+    "Truncation",
+    "follow",
+    "hosvd",
+    "orthonormalise",
+    "round",
+    "spectrum",
+    "st_hosvd",
+    "truncate",
+]
 
 
 class Truncation(NamedTuple):
@@ -26,7 +35,8 @@ class Truncation(NamedTuple):
         The P_i, with orthonormal columns; identities in modes that lost nothing.
     error_bound : float
         Upper bound of ``||W - W_truncated||``: the root of the sum over modes of the
-        squared tails of singular values (De Lathauwer et al. 2000, Property 10).
+        squared tails of singular values (De Lathauwer et al. 2000, Property 10). Infinite where no
+        singular values were computed.
     """
 
     point: TuckerPoint
@@ -75,15 +85,30 @@ def orthonormalise(point: Any) -> TuckerPoint:
     return TuckerPoint(core, tuple(q for q, _ in pairs))
 
 
-def _decompose(core: Array, shape: tuple[int, ...], facts: Facts) -> tuple[Spectrum, list[Array]]:
-    """Return the singular values and left singular vectors of each unfolding of the core."""
-    if len(shape) == 2:  # both unfoldings of a matrix have one SVD
-        u, s, v = _ops.svd_both(core)
-        pairs = [(u, s), (v, s)]
-    else:
-        pairs = [_ops.svd(_ops.unfold(core, mode)) for mode in range(len(shape))]
-    values = tuple(_values(s) for _, s in pairs)
-    return Spectrum(shape, values, _ops.itemsize(core), facts), [u for u, _ in pairs]
+def _decompose_all(
+    cores: Sequence[Array], shapes: Sequence[tuple[int, ...]], facts: Sequence[Facts]
+) -> list[tuple[Spectrum, list[Array]]]:
+    """Return the singular values and left singular vectors of each unfolding of each core."""
+    # Both unfoldings of a matrix have one SVD; other modes have their own.
+    matrices = [(core,) for core, shape in zip(cores, shapes, strict=True) if len(shape) == 2]
+    unfoldings = [
+        (_ops.unfold(core, mode),)
+        for core, shape in zip(cores, shapes, strict=True)
+        if len(shape) != 2
+        for mode in range(len(shape))
+    ]
+    both = iter(_ops.batched(_ops.svd_both, matrices))
+    single = iter(_ops.batched(_ops.svd, unfoldings))
+    found = []
+    for core, shape, known in zip(cores, shapes, facts, strict=True):
+        if len(shape) == 2:
+            u, s, v = next(both)
+            pairs = [(u, s), (v, s)]
+        else:
+            pairs = [(u, s) for u, s in (next(single) for _ in shape)]
+        values = tuple(_values(s) for _, s in pairs)
+        found.append((Spectrum(shape, values, _ops.itemsize(core), known), [u for u, _ in pairs]))
+    return found
 
 
 def _values(s: Array) -> "np.ndarray[Any, np.dtype[Any]]":
@@ -120,7 +145,8 @@ def spectrum(point: Any) -> Spectrum:
     """
     point = pair_of(point)
     check_finite(point.core, "core")
-    return _decompose(point.core, point.shape, Facts())[0]
+    ((found, _),) = _decompose_all([point.core], [point.shape], [Facts()])
+    return found
 
 
 def truncate(
@@ -160,20 +186,72 @@ def truncate(
     ((2, 2), '0.001414')
     """
     points = [pair_of(point) for point in points]
-    for point in points:
-        check_finite(point.core, "core")  # else some backends' SVD fails and some returns NaN
+    if not all(map(math.isfinite, _ops.largest([point.core for point in points]))):
+        for point in points:  # else some backends' SVD fails and some returns NaN
+            check_finite(point.core, "core")
     facts = [Facts()] * len(points) if facts is None else facts
     if len(facts) != len(points):
         raise RankError(f"facts: expected one for each of {len(points)} points, got {len(facts)}")
-    decomposed = [
-        _decompose(point.core, point.shape, known)
-        for point, known in zip(points, facts, strict=True)
-    ]
+    decomposed = _decompose_all([p.core for p in points], [p.shape for p in points], facts)
     chosen = choose(rule, [spectrum for spectrum, _ in decomposed])
     return [
         _cut(point, ranks, spectrum, vectors)
         for point, ranks, (spectrum, vectors) in zip(points, chosen, decomposed, strict=True)
     ]
+
+
+def follow(
+    wides: Sequence[TuckerPoint],
+    ranks: Sequence[Ranks],
+    right: Sequence[Sequence[Array | None]],
+) -> list[Truncation]:
+    """Truncate extended points to the ranks that they had before, without a decomposition.
+
+    ``P_i = orth(Mat_i(C) Q_i)`` with the Q_i of the core before it was extended: the K-step of a
+    fixed-rank integrator (Ceruti, Lubich 2022), one step of orthogonal iteration towards the
+    singular vectors that `truncate` takes. To first order in the step both are the projection of
+    the step on the tangent space. Nothing is asked of the device.
+
+    Parameters
+    ----------
+    wides : sequence of TuckerPoint
+        What `augment` returned, and whose cores have been stepped since.
+    ranks : sequence of tuples of int
+        The ranks before.
+    right : sequence of sequences of arrays, shapes (prod_{j != i} r_j, r_i)
+        The Q_i of ``Mat_i(C)^T = Q_i S_i^T`` before; None in modes that were not extended.
+
+    Returns
+    -------
+    list of Truncation
+        Their bounds of the error are infinite.
+
+    Examples
+    --------
+    >>> import numpy as np, geotucker as gt
+    >>> from geotucker._geometry import right_bases
+    >>> from geotucker._hosvd import follow
+    >>> point = gt.hosvd(np.diag([2.0, 1.0]), 1)
+    >>> wide = gt.augment(point, [np.array([[0.0], [1.0]])] * 2)
+    >>> (cut,) = follow([wide], [point.ranks], [right_bases(point.core)])
+    >>> np.allclose(gt.to_dense(cut.point), gt.to_dense(point))
+    True
+    """
+    rows = [
+        (_ops.unfold(_ops.leading(wide.core, old, mode), mode), q)
+        for wide, old, own in zip(wides, ranks, right, strict=True)
+        for mode, q in enumerate(own)
+        if q is not None and wide.ranks[mode] != old[mode]
+    ]
+    turned = iter(_ops.batched(lambda unfolded, q: _ops.qr(unfolded @ q)[:1], rows))
+    cuts = []
+    for wide, old in zip(wides, ranks, strict=True):
+        rotations = tuple(
+            _ops.eye(after, like=wide.core) if before == after else next(turned)[0]
+            for before, after in zip(wide.ranks, old, strict=True)
+        )
+        cuts.append(_turned(wide, _turn(wide.core, rotations), rotations, math.inf))
+    return cuts
 
 
 def _cut(
@@ -185,11 +263,17 @@ def _cut(
         for u, rank in zip(vectors, ranks, strict=True)
     ]
     core, rotations = _drop_infeasible(_turn(point.core, leading), leading)
+    tails = [tail_norms(s)[rank] for s, rank in zip(spectrum.values, ranks, strict=True)]
+    return _turned(point, core, rotations, math.hypot(*tails))
+
+
+def _turned(
+    point: TuckerPoint, core: Array, rotations: tuple[Array, ...], bound: float
+) -> Truncation:
     factors = tuple(
         u if _is_square(p) else u @ p for u, p in zip(point.factors, rotations, strict=True)
     )
-    tails = [tail_norms(s)[rank] for s, rank in zip(spectrum.values, ranks, strict=True)]
-    return Truncation(TuckerPoint(core, factors), rotations, math.hypot(*tails))
+    return Truncation(TuckerPoint(core, factors), rotations, bound)
 
 
 def _turn(tensor: Array, rotations: Sequence[Array], skip: int | None = None) -> Array:
@@ -280,7 +364,7 @@ def hosvd(tensor: Array, ranks: Any) -> TuckerPoint:
     ((2, 2, 2), True)
     """
     _check_tensor(tensor)
-    spectrum, vectors = _decompose(tensor, _ops.shape(tensor), Facts())
+    ((spectrum, vectors),) = _decompose_all([tensor], [_ops.shape(tensor)], [Facts()])
     (chosen,) = choose(as_rule(ranks), [spectrum])
     leading = [u[:, :rank] for u, rank in zip(vectors, chosen, strict=True)]
     core = _ops.multi_mode_product(tensor, leading, transpose=True)

@@ -17,7 +17,7 @@ nothing is known, the mean of the old ones.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from . import _ops
 from ._geometry import right_basis, tangent_core, velocity
@@ -75,7 +75,12 @@ def lift(
     return tangent_core(point, wide, moment, right)
 
 
-def carry(wide: TuckerPoint, cut: Truncation, moment: Array) -> TuckerTangent:
+def carry(
+    wide: TuckerPoint,
+    cut: Truncation,
+    moment: Array,
+    right: Mapping[int, Array] | None = None,
+) -> TuckerTangent:
     """Project a moment in the bases of `wide` on the tangent space at the truncated point.
 
     Both lie in the span of the wide bases, so the projection is computed in their coordinates.
@@ -88,6 +93,9 @@ def carry(wide: TuckerPoint, cut: Truncation, moment: Array) -> TuckerTangent:
         Its truncation.
     moment : array, shape (m_1, ..., m_d)
         Shaped like the core of `wide`.
+    right : dict of int to array, optional
+        The Q_i of the truncated core, by mode, where they are known already; modes that lost
+        nothing need none.
 
     Returns
     -------
@@ -112,11 +120,14 @@ def carry(wide: TuckerPoint, cut: Truncation, moment: Array) -> TuckerTangent:
             parts.append(still)
         else:
             g = _ops.unfold(cut.turn(moment, skip=mode), mode)
-            parts.append(u @ velocity(p, g, right_basis(cut.point.core, mode)))
+            q = right_basis(cut.point.core, mode) if right is None else right[mode]
+            parts.append(u @ velocity(p, g, q))
     return TuckerTangent(cut.turn(moment), tuple(parts))
 
 
-def regauge(parts: Sequence[Array], old: Array, new: Array) -> tuple[Array, ...]:
+def regauge(
+    parts: Sequence[Array], old: Mapping[int, Array], new: Mapping[int, Array]
+) -> tuple[Array, ...]:
     """Return the basis parts of a moment for a core that has been stepped since, in the same bases.
 
     ``Kdot_i`` stands for ``Kdot_i Q_i^T``, and Q_i is that of the core. What of it lies outside the
@@ -125,24 +136,24 @@ def regauge(parts: Sequence[Array], old: Array, new: Array) -> tuple[Array, ...]
     Parameters
     ----------
     parts : sequence of arrays, shapes (n_i, k_i)
-    old, new : arrays, shape (r_1, ..., r_d)
-        The core that the parts belong to, and the present one.
+    old, new : dict of int to array, shapes (prod_{j != i} r_j, k_i)
+        By mode, the Q_i of the core that the parts belong to, and of the present one. Parts of
+        other modes stay.
 
     Examples
     --------
     >>> import numpy as np
+    >>> from geotucker._geometry import right_basis
     >>> from geotucker._moments import regauge
     >>> old, new = np.diag([2.0, 1.0]), np.diag([-2.0, 1.0])[::-1]
-    >>> parts = regauge([np.ones((3, 2)), np.zeros((3, 0))], old, new)
+    >>> parts = [np.ones((3, 2)), np.zeros((3, 0))]
+    >>> parts = regauge(parts, {0: right_basis(old, 0)}, {0: right_basis(new, 0)})
     >>> [part.shape for part in parts]
     [(3, 2), (3, 0)]
     """
-    turned = []
-    for mode, part in enumerate(parts):
-        if _ops.shape(part)[1]:
-            part = (part @ right_basis(old, mode).T) @ right_basis(new, mode)
-        turned.append(part)
-    return tuple(turned)
+    return tuple(
+        (part @ old[mode].T) @ new[mode] if mode in old else part for mode, part in enumerate(parts)
+    )
 
 
 def lift_squares(moment: Array, ranks: Sequence[int]) -> Array:

@@ -9,7 +9,7 @@ global choice is neither read nor written.
 
 import math
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -21,14 +21,18 @@ from ._errors import BackendError
 __all__ = [
     "Array",
     "backend_name",
+    "batched",
     "concatenate",
     "diagonal",
     "dtype_name",
     "eps",
     "eye",
+    "floats",
     "fold",
     "is_real_floating",
     "itemsize",
+    "largest",
+    "leading",
     "like",
     "max_abs",
     "mode_product",
@@ -43,6 +47,7 @@ __all__ = [
     "svd_both",
     "tensordot",
     "to_numpy",
+    "transpose",
     "unfold",
     "vdot",
     "zeros",
@@ -156,6 +161,17 @@ def eps(array: Array) -> float:
     return _EPS[dtype_name(array)]
 
 
+def leading(array: Array, extents: Sequence[int], skip: int) -> Array:
+    """Return the leading entries of every mode but `skip`: the first ``extents[i]`` of them."""
+    cuts = [slice(None) if mode == skip else slice(n) for mode, n in enumerate(extents)]
+    return array[tuple(cuts)]
+
+
+def transpose(matrix: Array) -> Array:
+    """Return the transpose of a matrix, or of each of a stack along the first axis."""
+    return _backend(matrix).moveaxis(matrix, -1, -2)
+
+
 def sign(array: Array) -> Array:
     """Entry-wise sign."""
     return _backend(array).sign(array)
@@ -177,6 +193,8 @@ def like(values: Any, reference: Array) -> Array:
 def max_abs(array: Array, axis: int | None = None) -> Array:
     """Largest magnitude, along an axis or (as a Python float, 0 for none) of all entries.
 
+    A float is a question to the device: see `floats` for many.
+
     NaN propagates on every backend, so a finite result proves that every entry is finite.
     """
     backend = _backend(array)
@@ -185,6 +203,16 @@ def max_abs(array: Array, axis: int | None = None) -> Array:
     if 0 in shape(array):
         return 0.0
     return float(backend.max(backend.abs(array)).item())
+
+
+def largest(arrays: Sequence[Array]) -> list[float]:
+    """Return `max_abs` of each array, with one question to the device."""
+    found = [0.0] * len(arrays)
+    full = [index for index, array in enumerate(arrays) if 0 not in shape(array)]
+    scalars = [_backend(arrays[i]).max(_backend(arrays[i]).abs(arrays[i])) for i in full]
+    for index, value in zip(full, floats(scalars), strict=True):
+        found[index] = value
+    return found
 
 
 def norm(array: Array) -> float:
@@ -211,8 +239,68 @@ def _cast(array: Array, dtype: Any) -> Array:
     return _backend(array).tensor(array, dtype=dtype)
 
 
+def floats(scalars: Sequence[Array]) -> list[float]:
+    """Return numbers on a device, arrays of order 0, as Python's, with one question to each device.
+
+    Every question makes the host wait for the device.
+    """
+    groups: dict[Any, list[int]] = {}
+    for index, scalar in enumerate(scalars):
+        groups.setdefault(_kind(scalar), []).append(index)
+    found = [0.0] * len(scalars)
+    for members in groups.values():
+        stacked = _stack([scalars[index] for index in members])
+        for index, value in zip(members, stacked.tolist(), strict=True):
+            found[index] = value
+    return found
+
+
+def batched(
+    function: Callable[..., tuple[Array, ...]], rows: Sequence[tuple[Array, ...]]
+) -> list[tuple[Array, ...]]:
+    """Apply a function of matrices to every row of them, at once to all rows of like shapes.
+
+    Many small matrices cost little more than one then, where a device is slow to start and quick
+    to compute.
+
+    Parameters
+    ----------
+    function : callable
+        Takes matrices, or stacks of them along a first axis, and returns matrices likewise.
+    rows : sequence of tuples of arrays
+        The arguments of each call.
+
+    Returns
+    -------
+    list of tuples of arrays
+        What the function returns for each row.
+    """
+    groups: dict[Any, list[int]] = {}
+    for index, row in enumerate(rows):
+        groups.setdefault(tuple(map(_kind, row)), []).append(index)
+    results: list[tuple[Array, ...]] = [()] * len(rows)
+    for members in groups.values():
+        if len(members) == 1:
+            results[members[0]] = function(*rows[members[0]])
+            continue
+        columns = zip(*(rows[index] for index in members), strict=True)
+        stacks = function(*(_stack(column) for column in columns))
+        for place, index in enumerate(members):
+            results[index] = tuple(stack[place] for stack in stacks)
+    return results
+
+
+def _kind(array: Array) -> tuple[Any, ...]:
+    """Return what arrays have in common that can be stacked."""
+    return shape(array), dtype_name(array), str(getattr(array, "device", ""))
+
+
+def _stack(arrays: Sequence[Array]) -> Array:
+    return _backend(arrays[0]).stack(list(arrays), axis=0)
+
+
 def qr(matrix: Array) -> tuple[Array, Array]:
-    """Reduced QR decomposition by Householder reflections.
+    """Reduced QR decomposition by Householder reflections, of a matrix or of each of a stack.
 
     Q is orthonormal to rounding even if `matrix` is rank-deficient or zero.
     """
@@ -225,7 +313,7 @@ def qr(matrix: Array) -> tuple[Array, Array]:
 
 
 def svd(matrix: Array) -> tuple[Array, Array]:
-    """Left singular vectors and singular values, descending.
+    """Left singular vectors and singular values, descending, of a matrix or of each of a stack.
 
     A wide matrix is first reduced by a QR decomposition of its transpose, which costs
     far less than the SVD and, unlike the Gram matrix, keeps small singular values exact. In
@@ -236,11 +324,11 @@ def svd(matrix: Array) -> tuple[Array, Array]:
     if dtype_name(matrix) in _HALF:
         u, s = svd(_cast(matrix, backend.float32))
         return _cast(u, matrix.dtype), s
-    rows, columns = shape(matrix)
+    rows, columns = shape(matrix)[-2:]
     if columns > rows and dtype_name(matrix) == "float32" and backend_name(matrix) != "jax":
         return _svd_by_gram(matrix)  # JAX has no float64 unless its users ask for it
     if columns > rows:
-        matrix = backend.qr(matrix.T)[1].T
+        matrix = transpose(backend.qr(transpose(matrix))[1])
     u, s, _ = backend.svd(matrix, full_matrices=False)
     return u, s
 
@@ -248,10 +336,8 @@ def svd(matrix: Array) -> tuple[Array, Array]:
 def _svd_by_gram(matrix: Array) -> tuple[Array, Array]:
     backend, single = _backend(matrix), matrix.dtype
     matrix = _cast(matrix, backend.float64)
-    squares, vectors = backend.eigh(matrix @ matrix.T)
-    descending = list(range(len(squares)))[::-1]
-    values = backend.sqrt(backend.clip(squares[descending], 0.0))
-    return _cast(vectors[:, descending], single), _cast(values, single)
+    squares, vectors = backend.eigh(-(matrix @ transpose(matrix)))  # the largest come first
+    return _cast(vectors, single), _cast(backend.sqrt(backend.clip(-squares, 0.0)), single)
 
 
 def svd_both(matrix: Array) -> tuple[Array, Array, Array]:
@@ -261,7 +347,7 @@ def svd_both(matrix: Array) -> tuple[Array, Array, Array]:
         u, s, v = svd_both(_cast(matrix, backend.float32))
         return _cast(u, matrix.dtype), s, _cast(v, matrix.dtype)
     u, s, vt = backend.svd(matrix, full_matrices=False)
-    return u, s, vt.T
+    return u, s, transpose(vt)
 
 
 def unfold(tensor: Array, mode: int) -> Array:

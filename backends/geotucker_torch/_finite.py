@@ -1,43 +1,50 @@
 """NaN and infinity, looked for with one question to the device."""
 
+import math
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import geotucker as gt
+from geotucker import _ops
 
-__all__ = ["all_finite", "check_finite"]
-
-
-def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Tell whether every entry of every tensor is finite."""
-    # A largest magnitude is not finite exactly if an entry is not; a sum may overflow.
-    largest = [t.detach().abs().max().double() for t in tensors if t.numel()]
-    if not largest:
-        return True
-    device = largest[0].device
-    return bool(torch.isfinite(torch.stack([t.to(device) for t in largest])).all())
+__all__ = ["Largest", "check_finite", "largest_of"]
 
 
-def check_finite(named: Iterable[tuple[str, Tensor]]) -> None:
+class Largest(NamedTuple):
+    """The largest magnitude of a tensor, still on its device, with a name for the message.
+
+    NaN counts as larger than all numbers, so that a finite one proves that every entry is finite.
+    """
+
+    name: str
+    magnitude: Tensor
+
+
+def largest_of(named: Iterable[tuple[str, Tensor]]) -> list[Largest]:
+    """Return the largest magnitudes of tensors, dense or sparse; nothing is asked of the device."""
+    found = []
+    for name, tensor in named:
+        values = tensor.detach().coalesce().values() if tensor.is_sparse else tensor.detach()
+        if values.numel():
+            found.append(Largest(name, torch.linalg.vector_norm(values, math.inf)))
+    return found
+
+
+def check_finite(largest: Sequence[Largest]) -> None:
     """Raise NonFiniteError, which names the first culprit, unless all tensors are finite.
-
-    Parameters
-    ----------
-    named : iterable of (str, Tensor)
-        Tensors, dense or sparse, with names for the message.
 
     Raises
     ------
     geotucker.NonFiniteError
         If there is NaN or infinity.
     """
-    tensors = [(name, t.coalesce().values() if t.is_sparse else t) for name, t in named]
-    if all_finite([t for _, t in tensors]):
-        return
-    name = next(name for name, t in tensors if not bool(torch.isfinite(t).all()))
-    raise gt.NonFiniteError(
-        f"{name}: expected finite numbers, got NaN or infinity. The step was undone; "
-        "the usual causes are a learning rate that is too large and input that is not finite"
-    )
+    values = _ops.floats([one.magnitude for one in largest])
+    culprits = [one.name for one, v in zip(largest, values, strict=True) if not math.isfinite(v)]
+    if culprits:
+        raise gt.NonFiniteError(
+            f"{culprits[0]}: expected finite numbers, got NaN or infinity. The step was undone; "
+            "the usual causes are a learning rate that is too large and input that is not finite"
+        )

@@ -13,7 +13,7 @@ from geotucker._tensor import pad
 
 from ._contract import contract, dense_weight, without_autocast
 from ._lift import lifting
-from ._lifted import Extension, Lift, Use
+from ._lifted import Extension, Lift, Waiting
 from ._maps import ConvMap, LayerMap, LinearMap
 from ._plan import Sizes
 from ._point import own_parameter, read_point, write_point
@@ -100,7 +100,7 @@ class TuckerModule(nn.Module):
     right: Sequence[Tensor | None] | None = _of_lift("right")
     lifted_norm: Tensor | None = _of_lift("lifted_norm")
     uses: int = _of_lift("uses")
-    waiting: dict[int, list[Use]] = _of_lift("waiting")
+    waiting: Waiting = _of_lift("waiting")
     # Of the last pass that could extend the bases.
     sizes: Sizes | TensorSizes | None
 
@@ -392,16 +392,13 @@ class TuckerModule(nn.Module):
         return self.narrow if self.narrow is not None and self._untouched else self.point
 
     @torch.no_grad()
-    def lift(
-        self, directions: Sequence[Tensor], right: Sequence[Tensor | None] | None = None
-    ) -> None:
-        """Extend the bases by `directions`; the weight does not change.
+    def lift(self, wide: gt.TuckerPoint, right: Sequence[Tensor | None]) -> None:
+        """Take the wider bases of the same weight that ``augment`` has returned.
 
-        A gradient that the core has already is padded with zeros. `right` is kept for those who
-        write tangent vectors in the wide bases.
+        A gradient that the core has already is padded with zeros. `right`, the Q_i of the core, is
+        kept for those who write tangent vectors in the wide bases.
         """
         narrow, grad = self.point, self.core.grad
-        wide = gt.augment(narrow, directions)
         write_point(self.core, self.factors, wide)
         if grad is not None:
             self.core.grad = pad(grad, wide.ranks)

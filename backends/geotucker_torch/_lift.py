@@ -10,8 +10,10 @@ armed layer
 3. leaves the gradient of the wider core in ``core.grad``: all of it (the Galerkin step of TDLRT),
    or its projection on the tangent space, which needs nothing beyond ``grad_C L`` and step 1.
 
-A weight may be used several times in one graph, by one layer or by layers that are tied; then all
-this happens once for all of them, at the end of the backward pass.
+A weight may be used several times in one graph, by one layer or by layers that are tied, and layers
+of like shapes share the linear algebra; so steps 2 and 3 wait for the end of the backward pass, and
+happen there for all at once. Only the whole gradient is formed at once where it can be, since it
+needs the pass's input.
 
 From then on everything is ordinary: gradients can be clipped and scaled, further micro-batches add
 theirs in the same bases, and the wrapped optimizer steps a core that is just larger. Until the
@@ -36,10 +38,9 @@ from torch.autograd.function import once_differentiable
 
 import geotucker as gt
 from geotucker import _ops
-from geotucker._geometry import gauge, tangent_core
+from geotucker._geometry import augment_all, gauge, tangent_core
 
 from ._contract import core_gradient, fold, without_autocast
-from ._finite import all_finite
 from ._lifted import Use
 from ._maps import LayerMap, core_turned, modes_turned
 from ._plan import cheapest
@@ -158,48 +159,77 @@ def deliver(
         Else: from the layer's bases to the gradient of the core in them.
     """
     extends = layer.armed and _same(point, layer.point)
-    if extends and layer.uses > 1:
+    # The whole gradient keeps input and output in memory, so that it only waits where it must.
+    if extends and (layer.uses > 1 or not layer.extension.galerkin):
         _wait(layer, use())
     elif extends or (layer.narrow is not None and _same(point, layer.narrow)):
-        _finish(layer, [use()])
+        _finish([(layer, [use()])])
     else:  # not to be lifted, or lifted by a pass at another point
         _accumulate(layer, elsewhere([factor.detach() for factor in layer.factors]))
 
 
 def _wait(layer: "TuckerModule", use: Use) -> None:
-    """Keep a use until the end of this backward pass, where others may have been added to it."""
+    """Keep a use until the end of this backward pass, where others may have been added to it.
+
+    All layers of an optimizer then extend their bases together.
+    """
     waiting, backward = layer.waiting, torch._C._current_graph_task_id()
     if backward not in waiting:
 
         def finish() -> None:
+            uses = waiting.pop(backward, {}).values()
             with torch.no_grad(), without_autocast(use.point.core):
-                _finish(layer, waiting.pop(backward))
+                _finish([(one[0][0], [part for _, part in one]) for one in uses])
 
-        waiting[backward] = []
+        waiting[backward] = {}
         Variable._execution_engine.queue_callback(finish)
-    waiting[backward].append(use)
+    waiting[backward].setdefault(id(layer.core), []).append((layer, use))
 
 
-def _finish(layer: "TuckerModule", uses: Sequence[Use]) -> None:
-    """Extend the bases if the layer is armed, and give the core the gradient of all uses."""
-    point, galerkin = uses[0].point, layer.extension.galerkin
-    directions = [_sum(parts) for parts in zip(*(use.directions for use in uses), strict=True)]
-    armed = layer.armed and all_finite(directions)
-    if armed:
-        moved = _with_drift(directions, layer.extension.drift, layer.loss_scale)
-        layer.lift(moved, uses[0].right)
-    wide = layer.point
-    lifted = layer.narrow is not None and _same(point, layer.narrow)
-    if galerkin:
-        gradient = _sum([use.whole(wide.factors) for use in uses if use.whole is not None])
-    else:
-        gradient = _sum([use.tangent for use in uses if use.tangent is not None])
-        if lifted:
-            tangent = gt.TuckerTangent(gradient, tuple(directions))
-            gradient = tangent_core(point, wide, tangent, layer.right)
-    if armed:
-        layer.lifted_norm = gradient.abs().amax()  # squares of a scaled loss's may overflow
-    _accumulate(layer, gradient)
+def _finish(used: Sequence[tuple["TuckerModule", Sequence[Use]]]) -> None:
+    """Extend the bases of the layers that are armed, and give all cores the gradients."""
+    directions = [
+        [_sum(parts) for parts in zip(*(use.directions for use in uses), strict=True)]
+        for _, uses in used
+    ]
+    lifted = _lift([(*one, own) for one, own in zip(used, directions, strict=True) if one[0].armed])
+    for (layer, uses), own in zip(used, directions, strict=True):
+        gradient = _gradient(layer, uses, own)
+        if layer in lifted:
+            layer.lifted_norm = gradient.abs().amax()  # squares of a scaled loss's may overflow
+        _accumulate(layer, gradient)
+
+
+def _lift(
+    used: Sequence[tuple["TuckerModule", Sequence[Use], Sequence[Tensor]]],
+) -> "list[TuckerModule]":
+    """Extend the bases by the directions; of layers where these are not finite, nothing happens."""
+    points = [layer.point for layer, _, _ in used]
+    moved = [
+        _with_drift(directions, layer.extension.drift, layer.loss_scale)
+        for layer, _, directions in used
+    ]
+    wides = augment_all(points, moved)
+    for index, (_, _, directions) in enumerate(used):
+        if wides[index] is None:  # the drift of a scaled loss may have overflown
+            (wides[index],) = augment_all([points[index]], [directions])
+    lifted = []
+    for (layer, uses, _), wide in zip(used, wides, strict=True):
+        if wide is not None:
+            layer.lift(wide, uses[0].right)
+            lifted.append(layer)
+    return lifted
+
+
+def _gradient(layer: "TuckerModule", uses: Sequence[Use], directions: Sequence[Tensor]) -> Tensor:
+    """Return the gradient of the core in the bases that the layer has now."""
+    point, wide = uses[0].point, layer.point
+    if layer.extension.galerkin:
+        return _sum([use.whole(wide.factors) for use in uses if use.whole is not None])
+    gradient = _sum([use.tangent for use in uses if use.tangent is not None])
+    if layer.narrow is None or not _same(point, layer.narrow):
+        return gradient
+    return tangent_core(point, wide, gt.TuckerTangent(gradient, tuple(directions)), layer.right)
 
 
 def _sum(tensors: Sequence[Tensor]) -> Tensor:
@@ -246,8 +276,7 @@ def _with_drift(
     if drift is None:
         return list(gradients)
     pairs = zip(gradients, drift, strict=True)
-    moved = [d + scale * v if d.shape == v.shape else d for d, v in pairs]
-    return moved if all_finite(moved) else list(gradients)
+    return [d + scale * v if d.shape == v.shape else d for d, v in pairs]
 
 
 def _same(a: gt.TuckerPoint, b: gt.TuckerPoint) -> bool:

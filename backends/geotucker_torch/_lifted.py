@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from torch import Tensor
 
 import geotucker as gt
 
-__all__ = ["Extension", "Lift", "Use"]
+if TYPE_CHECKING:
+    from ._layers import TuckerModule
+
+__all__ = ["Extension", "Lift", "Use", "Waiting"]
 
 
 class Extension(NamedTuple):
@@ -71,11 +74,16 @@ class Lift:
     right: Sequence[Tensor | None] | None = None
     lifted_norm: Tensor | None = None
     version: int = 0
-    # Forward passes since the bases were last moved: more than one may be in one graph. What they
-    # have for the gradients waits for the end of the backward pass, by the number of that.
+    # Forward passes since the bases were last moved: more than one may be in one graph.
     uses: int = 0
-    waiting: dict[int, list[Use]] = field(default_factory=dict)
+    # What they have for the gradients waits for the end of the backward pass, by the number of that
+    # and by the identity of the core; shared by all tensors of an optimizer.
+    waiting: "Waiting" = field(default_factory=dict)
 
     def forget_uses(self) -> None:
         """Start to count again, and drop what a backward pass that has failed left behind."""
-        self.uses, self.waiting = 0, {}
+        self.uses = 0
+        self.waiting.clear()
+
+
+Waiting: TypeAlias = dict[int, dict[int, list[tuple["TuckerModule", Use]]]]

@@ -5,26 +5,35 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import geotucker as gt
-from geotucker._geometry import gauge
+from geotucker._geometry import gauge, right_bases_of
+from geotucker._hosvd import follow
 from geotucker._integrators._base import allowance
 
-from ._finite import check_finite
+from ._finite import Largest, check_finite, largest_of
 from ._guard import restored_if_it_fails
 from ._history import RankHistory
 from ._layers import TuckerModule
-from ._lifted import Extension, Lift
+from ._lifted import Extension, Lift, Waiting
 from ._point import orthonormal
 from ._rules import Rules, flops_of
 from ._scale import moving_entries, normalises, scale_step
 from ._slots import Slot, find_slots
-from ._state import carry_state, drift, lift_state, mark_core, regauge_state
+from ._state import (
+    carry_state,
+    drift,
+    has_moments,
+    incomplete,
+    lift_state,
+    mark_core,
+    regauge_states,
+)
 
 __all__ = ["INTEGRATORS", "TDLRT"]
 
@@ -34,6 +43,9 @@ _EARLY = 1000  # heuristic, from LeNet-5: with every second step from the start 
 
 # Adafactor's, over rows and over columns: of as many dimensions as the parameter, but smaller.
 _SUMS = ("row_var", "col_var")
+
+Right: TypeAlias = Sequence[Tensor | None]
+"""The Q_i of ``Mat_i(C)^T = Q_i S_i^T``, of the modes whose bases do not span everything."""
 
 
 class TDLRT(Optimizer):
@@ -60,7 +72,9 @@ class TDLRT(Optimizer):
     ranks : RankRule, int, float, tuple or mapping, optional
         What to truncate to: a rule for all Tucker tensors, or a mapping from patterns of
         module names (as in `fnmatch`; the first match counts) to rules. By default, and
-        where no pattern matches, a tensor keeps the ranks it has now. A `geotucker.Budget` of
+        where no pattern matches, a tensor keeps the ranks it has now; its bases then follow the
+        step without a decomposition, as those of a fixed-rank integrator (rules see the singular
+        values of every tensor, and truncate by its HOSVD). A `geotucker.Budget` of
         parameters or bytes is one for the whole model, unless it is bound to a pattern; its
         schedule, if it names no start, begins at the present size. Operations are counted per
         batch of the last training input.
@@ -325,19 +339,24 @@ class TDLRT(Optimizer):
         with restored_if_it_fails(self, self._slots), torch.no_grad():
             previous = [slot.settled_ranks for slot in slots]
             self._forget_other_ranks(slots)
+            right: dict[str, Right] = {}
             if closure is not None:
-                loss = self._evaluate(torch.enable_grad()(closure), foreign)
-            self._check_gradients()
-            self._settle(slots)
+                loss, right = self._evaluate(torch.enable_grad()(closure), foreign)
+            largest = self._largest_gradients()
+            right |= self._settle(slots)
             before = [slot.core.detach().clone() for slot in slots]
             for slot in slots:
                 mark_core(self.state.get(slot.core, {}), slot.core)
             self.wrapped.step()
             if self.match_rms:
                 self._scale_steps(slots, previous, before)
-            check_finite((f"{s.name}.core after the step", s.core) for s in slots)
+            cores = [(f"{slot.name}.core after the step", slot.core) for slot in slots]
+            check_finite([*largest, *largest_of(cores)])  # the only question of most steps
             if self._moves_bases:
-                self._truncate(slots, list(map(_facts, slots, previous, before)))
+                moves = list(map(_Move, slots, previous, before))
+                ruled = [move for move in moves if self._rules.owner(move.slot.name) is not None]
+                free = [move for move in moves if self._rules.owner(move.slot.name) is None]
+                self._write_cuts([*self._truncate(ruled), *self._follow(free, right)])
             self._steps += 1
             self._left = self.ranks
             self._history = self._history.after(self._steps, self._left)
@@ -351,24 +370,27 @@ class TDLRT(Optimizer):
             return self._steps < _EARLY or self._steps % 2 == 0
         return self._steps % self.basis_every == 0
 
-    def _evaluate(self, closure: Callable[[], Any], foreign: list[Slot]) -> Any:
+    def _evaluate(
+        self, closure: Callable[[], Any], foreign: list[Slot]
+    ) -> tuple[Any, dict[str, Right]]:
         """Run the closure, and once more if bases are to be extended from outside a layer."""
-        extend = bool(foreign) and self._moves_bases
+        extend, right = bool(foreign) and self._moves_bases, {}
         with _factors_require_grad(foreign, extend):
             loss = closure()
         if extend:
-            self._check_gradients()
-            self._extend(foreign)
+            check_finite(self._largest_gradients())
+            right = self._extend(foreign)
             with _factors_require_grad(foreign, False):
                 closure()
-        return loss
+        return loss, right
 
     def _arm(self) -> None:
         """Have our own layers extend their bases in the next backward pass, or not."""
         armed = self.one_pass and self._moves_bases
+        if self._moves_bases:
+            states = [self.state.get(slot.core, {}) for slot in self._slots]
+            regauge_states(states, [slot.point for slot in self._slots])
         for slot in self._slots:
-            if self._moves_bases:
-                regauge_state(self.state.get(slot.core, {}), slot.core)
             if slot.layer is not None:
                 moving = self._drift(slot) if armed else None
                 slot.layer.armed = armed
@@ -400,26 +422,42 @@ class TDLRT(Optimizer):
             apart = bool(group.get("decoupled_weight_decay", decoupled))
             scale_step(slot.core, old, factor, group, apart)
 
-    def _settle(self, slots: list[Slot]) -> None:
-        """Make the lifts of the backward pass final, and lift the moments after them."""
+    def _settle(self, slots: list[Slot]) -> dict[str, Right]:
+        """Make the lifts of the backward pass final, and lift the moments after them.
+
+        Returned are the Q_i of the cores before, by name.
+        """
+        found: dict[str, Right] = {}
         for slot in slots:
             if slot.layer is not None and slot.layer.narrow is not None:
-                lifted = slot.layer.narrow, slot.point, slot.layer.right
-                self._carry(slot, lambda state, known=lifted: lift_state(state, *known))
+                narrow, right = slot.layer.narrow, slot.layer.right
+                assert right is not None
+                found[slot.name] = right
+                self._lift_state(slot, narrow, right)
                 slot.layer.settle()
+        return found
+
+    def _lift_state(self, slot: Slot, narrow: gt.TuckerPoint, right: Right) -> None:
+        if slot.core in self.state:
+            state = self.state[slot.core]
+            self.state[slot.core] = lift_state(state, narrow, slot.point, right)
 
     def _trained(self) -> list[Slot]:
         """Return the Tucker tensors that are not frozen now."""
         return [slot for slot in self._slots if slot.core.requires_grad]
 
-    def _extend(self, slots: list[Slot]) -> None:
-        """Extend the bases by the gradients of the factors, lift cores and moments."""
+    def _extend(self, slots: list[Slot]) -> dict[str, Right]:
+        """Extend the bases by the gradients of the factors, lift cores and moments.
+
+        Returned are the Q_i of the cores before, by name.
+        """
         # A layer that took no part in the loss keeps its bases.
         used = [s for s in slots if all(f.grad is not None for f in (s.core, *s.factors))]
         gradients = [[factor.grad for factor in slot.factors] for slot in used]
         for group in self.param_groups:  # the second pass starts from nothing
             for parameter in group["params"]:
                 parameter.grad = None
+        found: dict[str, Right] = {}
         for slot, directions in zip(used, gradients, strict=True):
             old = slot.point
             moving = self._drift(slot)
@@ -429,22 +467,53 @@ class TDLRT(Optimizer):
                     d + v[:, : t.shape[1]] @ t.T
                     for d, v, t in zip(directions, moving, s, strict=True)
                 ]
-            wide = gt.augment(old, directions)
-            slot.write(wide)
-            self._carry(slot, lambda state, o=old, w=wide: lift_state(state, o, w))
+            (bases,) = right_bases_of([(old.core, incomplete(old))])
+            found[slot.name] = [bases.get(mode) for mode in range(old.order)]
+            slot.write(gt.augment(old, directions))
+            self._lift_state(slot, old, found[slot.name])
+        return found
 
-    def _truncate(self, slots: list[Slot], facts: Sequence[gt.Facts]) -> None:
-        """Truncate cores by the rule and carry their moments along."""
-        rule = self._rules.in_force(self._steps, [slot.name for slot in slots])
-        wides = [slot.point for slot in slots]
-        cuts = gt.truncate(wides, rule, facts)
-        for slot, wide, cut in zip(slots, wides, cuts, strict=True):
+    def _follow(
+        self, moves: "Sequence[_Move]", right: Mapping[str, Right]
+    ) -> "list[tuple[Slot, gt.Truncation]]":
+        """Truncate cores to the ranks that they had, without a decomposition."""
+        own = [right.get(move.slot.name, [None] * len(move.previous)) for move in moves]
+        points = [move.slot.point for move in moves]
+        cuts = follow(points, [move.previous for move in moves], own)
+        return [(move.slot, cut) for move, cut in zip(moves, cuts, strict=True)]
+
+    def _truncate(self, moves: "Sequence[_Move]") -> "list[tuple[Slot, gt.Truncation]]":
+        """Truncate cores by the rule."""
+        rule = self._rules.in_force(self._steps, [move.slot.name for move in moves])
+        points = [move.slot.point for move in moves]
+        cuts = gt.truncate(points, rule, [move.facts() for move in moves])
+        return [(move.slot, cut) for move, cut in zip(moves, cuts, strict=True)]
+
+    def _write_cuts(self, cuts: "Sequence[tuple[Slot, gt.Truncation]]") -> None:
+        """Take the truncated points, and carry the moments along."""
+        carried = [has_moments(self.state.get(slot.core, {})) for slot, _ in cuts]
+        right = right_bases_of(
+            [
+                (
+                    cut.point.core,
+                    [
+                        m
+                        for m, (r, k) in enumerate(
+                            zip(slot.core.shape, cut.point.ranks, strict=True)
+                        )
+                        if k < r
+                    ]
+                    if wanted
+                    else [],
+                )
+                for (slot, cut), wanted in zip(cuts, carried, strict=True)
+            ]
+        )
+        for (slot, cut), wanted, bases in zip(cuts, carried, right, strict=True):
+            wide = slot.point
             slot.write(cut.point)
-            self._carry(slot, lambda state, w=wide, c=cut: carry_state(state, w, c))
-
-    def _carry(self, slot: Slot, transport: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-        if slot.core in self.state:
-            self.state[slot.core] = transport(self.state[slot.core])
+            if wanted:
+                self.state[slot.core] = carry_state(self.state[slot.core], wide, cut, bases)
 
     def _forget_other_ranks(self, slots: list[Slot]) -> None:
         """Reset the moments of tensors that were loaded at other ranks, without their optimizer."""
@@ -452,14 +521,14 @@ class TDLRT(Optimizer):
             if slot.settled_ranks != self._left[slot.name]:
                 self.state.pop(slot.core, None)
 
-    def _check_gradients(self) -> None:
-        """Raise NonFiniteError if any gradient that would be used is not finite."""
+    def _largest_gradients(self) -> list[Largest]:
+        """Return the largest magnitudes of all gradients that would be used."""
         parameters = {p: "a gradient" for group in self.param_groups for p in group["params"]}
         for slot in self._slots:
             parameters[slot.core] = f"the gradient of {slot.name}.core"
             for mode, factor in enumerate(slot.factors):
                 parameters[factor] = f"the gradient of {slot.name}.factors.{mode}"
-        check_finite((name, p.grad) for p, name in parameters.items() if p.grad is not None)
+        return largest_of((name, p.grad) for p, name in parameters.items() if p.grad is not None)
 
 
 def _disarm(layers: list[TuckerModule]) -> None:
@@ -484,20 +553,29 @@ def _share_lifts(slots: Sequence[Slot]) -> None:
     From now on their bases move.
     """
     taken: list[Lift] = []
+    waiting: Waiting = {}
     for slot in slots:
         if slot.layer is not None:
             lift = slot.layer._lift if slot.layer._lift not in taken else Lift()
             taken.append(lift)
             lift.moving = True
+            lift.waiting = waiting
             for layer in slot.layers:
                 layer._lift = lift
 
 
-def _facts(slot: Slot, previous: tuple[int, ...], before: Tensor) -> gt.Facts:
-    """Return what rank rules may want to know after a step of the core."""
-    gradient, core = slot.core.grad, slot.core.detach()
-    paid = None if gradient is None else allowance(gradient, core - before)
-    return gt.Facts(previous, paid, flops_of(slot))
+class _Move(NamedTuple):
+    """A tensor whose core has been stepped in wider bases."""
+
+    slot: Slot
+    previous: tuple[int, ...]
+    before: Tensor
+
+    def facts(self) -> gt.Facts:
+        """Return what rank rules may want to know."""
+        gradient, core = self.slot.core.grad, self.slot.core.detach()
+        paid = None if gradient is None else allowance(gradient, core - self.before)
+        return gt.Facts(self.previous, paid, flops_of(self.slot))
 
 
 @contextmanager

@@ -48,8 +48,11 @@ def write_point(core: nn.Parameter, factors: Iterable[nn.Parameter], point: gt.T
         pairs = zip((core, *factors), (point.core, *point.factors), strict=True)
         for parameter, array in pairs:
             parameter.grad = None  # it would have the old shape
+            own = array.contiguous()
+            if own.untyped_storage().nbytes() != own.nbytes:  # one of a stack
+                own = own.clone()
             # Not `parameter.data = ...`, which breaks graphs and optimizer state.
-            parameter.set_(array.contiguous())  # type: ignore[call-overload]
+            parameter.set_(own)  # type: ignore[call-overload]
 
 
 def orthonormal(point: gt.TuckerPoint) -> gt.TuckerPoint:

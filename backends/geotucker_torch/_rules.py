@@ -77,12 +77,16 @@ class Rules:
                 rules[pattern] = dataclasses.replace(rule, start=start)
         return Rules(rules)
 
+    def owner(self, name: str) -> str | None:
+        """Return the pattern whose rule is for the tensor of this name, None if there is none."""
+        return next((pattern for pattern in self.rules if fnmatchcase(name, pattern)), None)
+
     def in_force(self, step: int, names: Sequence[str]) -> gt.RankRule:
         """Return one rule for the tensors of these names, as it is at a step.
 
-        It needs their previous ranks (`geotucker.Facts`).
+        Those that no rule is for keep their previous ranks (`geotucker.Facts`).
         """
-        owners = [next((p for p in self.rules if fnmatchcase(n, p)), None) for n in names]
+        owners = [self.owner(name) for name in names]
 
         def rule(spectra: Sequence[gt.Spectrum], /) -> list[Ranks]:
             chosen: dict[int, Ranks] = {

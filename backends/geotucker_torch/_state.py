@@ -14,9 +14,18 @@ import torch
 from torch import Tensor
 
 import geotucker as gt
+from geotucker._geometry import right_bases_of
 from geotucker._moments import carry, lift, lift_squares, regauge, rotate_squares, zero
 
-__all__ = ["carry_state", "drift", "lift_state", "mark_core", "regauge_state"]
+__all__ = [
+    "carry_state",
+    "drift",
+    "has_moments",
+    "incomplete",
+    "lift_state",
+    "mark_core",
+    "regauge_states",
+]
 
 _TANGENT = "tangent"
 _CORE = "core"
@@ -50,14 +59,16 @@ def lift_state(
     return _mapped(state, point.ranks, lifted)
 
 
-def carry_state(state: dict[str, Any], wide: gt.TuckerPoint, cut: gt.Truncation) -> dict[str, Any]:
-    """Return the state for the truncation `cut` of `wide`."""
+def carry_state(
+    state: dict[str, Any], wide: gt.TuckerPoint, cut: gt.Truncation, right: Mapping[int, Tensor]
+) -> dict[str, Any]:
+    """Return the state for the truncation `cut` of `wide`; `right` as in `carry`."""
     tangent: dict[str, tuple[Tensor, ...]] = {}
 
     def carried(key: str, moment: Tensor) -> Tensor:
         if key in _SECOND:
             return rotate_squares(moment, cut)
-        part = carry(wide, cut, moment)
+        part = carry(wide, cut, moment, right)
         tangent[key] = part.factors
         return part.core
 
@@ -72,13 +83,33 @@ def mark_core(state: dict[str, Any], core: Tensor) -> None:
         tangent[_CORE] = (core.detach().clone(),)
 
 
-def regauge_state(state: dict[str, Any], core: Tensor) -> None:
-    """Bring the basis parts into the gauge of the present core, which has been stepped."""
-    tangent = state.get(_TANGENT, {})
-    if _CORE in tangent:
-        (old,) = tangent.pop(_CORE)
+def regauge_states(states: Sequence[dict[str, Any]], points: Sequence[gt.TuckerPoint]) -> None:
+    """Bring the basis parts into the gauges of the present cores, which may have been stepped."""
+    stepped = [
+        (state[_TANGENT], point)
+        for state, point in zip(states, points, strict=True)
+        if _CORE in state.get(_TANGENT, {})
+    ]
+    cores = [
+        (core, incomplete(point))
+        for tangent, point in stepped
+        for core in (*tangent.pop(_CORE), point.core)
+    ]
+    right = iter(right_bases_of(cores))
+    for tangent, _ in stepped:
+        old, new = next(right), next(right)
         for key, parts in tangent.items():
-            tangent[key] = regauge(parts, old, core.detach())
+            tangent[key] = regauge(parts, old, new)
+
+
+def incomplete(point: gt.TuckerPoint) -> list[int]:
+    """Return the modes whose bases do not span everything: the others never move."""
+    return [m for m, (n, r) in enumerate(zip(point.shape, point.ranks, strict=True)) if r < n]
+
+
+def has_moments(state: Mapping[str, Any]) -> bool:
+    """Tell whether there is anything to carry."""
+    return any(torch.is_tensor(value) and value.dim() for value in state.values())
 
 
 def drift(state: Mapping[str, Any], group: Mapping[str, Any]) -> tuple[Tensor, ...] | None:

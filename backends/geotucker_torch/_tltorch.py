@@ -13,6 +13,7 @@ What it gets wrong is worked around here, or by going through the layers of this
 The tests of this module fail as soon as one of these is mended.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 import geotucker as gt
+from geotucker import _ops
 
 from ._attention import TuckerMultiheadAttention
-from ._finite import all_finite
 from ._layers import TuckerConv1d, TuckerConv2d, TuckerConv3d, TuckerLinear, TuckerModule
 from ._modules import check_model, has_hooks, replaced
 from ._point import own_parameter
@@ -187,7 +188,7 @@ def _ours(name: str, module: nn.Module) -> nn.Module | None:
     known = holds_tucker(weight) and isinstance(weight.core, nn.Parameter)
     if not known or has_hooks(module) or has_hooks(weight):
         return None
-    if not all_finite([p.detach() for p in weight.parameters()]):
+    if not all(map(math.isfinite, _ops.largest([p.detach() for p in weight.parameters()]))):
         raise gt.NonFiniteError(
             f"model: expected finite weights, got NaN or infinity in layer {name!r}"
         )

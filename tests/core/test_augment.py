@@ -68,7 +68,9 @@ def test_extended_bases_are_orthonormal(backend, dtype, kind):
     case = Case(backend, dtype, (N,), (1,), 0)
     basis, directions, wanted = kinds(case)[kind]
     basis = case.array(basis)
-    wide, head = extend(basis, case.array(directions))
+    (extended,) = extend([(basis, case.array(directions))])
+    assert extended is not None
+    wide, head = extended
     head = case.array(np.eye(basis.shape[1])) if head is None else head
     assert backend.numpy(wide).dtype == backend.numpy(head).dtype == dtype
     q, head = (backend.numpy(array).astype(np.float64) for array in (wide, head))
@@ -101,7 +103,9 @@ def test_the_basis_itself_is_not_decomposed_again(backend, dtype, kind, monkeypa
     case = Case(backend, dtype, (N,), (1,), 0)
     basis, directions, _ = kinds(case)[kind]
     basis = case.array(basis)
-    q, head = extend(basis, case.array(directions))
+    (extended,) = extend([(basis, case.array(directions))])
+    assert extended is not None
+    q, head = extended
     assert np.array_equal(backend.numpy(q)[:, : basis.shape[1]], backend.numpy(basis))
     assert head is None  # the identity: the core is only padded
 
@@ -113,7 +117,9 @@ def test_augmenting_for_long_keeps_bases_orthonormal(backend, dtype):
     basis = case.array(orthonormal(case, R))
     for number in range(200):
         mix = np.linalg.qr(case.normal(R + 2, R + 2, stream=100 + number))[0][:, :R]
-        q, _ = extend(basis, case.array(case.normal(N, 2, stream=number)))
+        (extended,) = extend([(basis, case.array(case.normal(N, 2, stream=number)))])
+        assert extended is not None
+        q, _ = extended
         basis = q @ case.array(mix)
     full = backend.numpy(q).astype(np.float64)
     assert np.abs(full.T @ full - np.eye(R + 2)).max() <= 5 * np.sqrt(N) * case.eps

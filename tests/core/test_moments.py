@@ -184,7 +184,11 @@ def test_basis_parts_follow_a_core_that_is_stepped(backend, data):
     point = case.point()
     moment = gt.project(point, case.array(case.normal(*case.shape, stream=5)))
     new = case.array(case.normal(*case.ranks, stream=6))
-    turned = regauge(moment.factors, point.core, new)
+    bases = {
+        name: dict(enumerate(right_bases(core)))
+        for name, core in (("old", point.core), ("new", new), ("minus", -point.core))
+    }
+    turned = regauge(moment.factors, bases["old"], bases["new"])
     for mode, (before, after) in enumerate(zip(moment.factors, turned, strict=True)):
         old_q, new_q = (
             backend.numpy(right_bases(core)[mode]).astype(np.float64) for core in (point.core, new)
@@ -194,7 +198,7 @@ def test_basis_parts_follow_a_core_that_is_stepped(backend, data):
         assert_close(got, ambient @ new_q @ new_q.T, case.tol)
     # Another sign of the core turns the gauge, and changes nothing.
     for mode, (before, after) in enumerate(
-        zip(moment.factors, regauge(moment.factors, point.core, -point.core), strict=True)
+        zip(moment.factors, regauge(moment.factors, bases["old"], bases["minus"]), strict=True)
     ):
         q, minus_q = (
             backend.numpy(right_bases(core)[mode]).astype(np.float64)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import geotucker as gt
-from geotucker._geometry import mode_gradients, right_basis
+from geotucker._geometry import augment_all, mode_gradients, right_basis
 from geotucker.testing import check_orthonormal
 from geotucker_torch import (
     TDLRT,
@@ -277,10 +277,12 @@ def test_directions_are_exact_at_any_singular_value(smallest, batch, monkeypatch
     with torch.no_grad():
         layer.core.copy_(core)
     found = []
-    original = TuckerTensorLinear.lift
-    monkeypatch.setattr(
-        TuckerTensorLinear, "lift", lambda self, d, r: (found.extend(d), original(self, d, r))
-    )
+
+    def watched(points, directions):
+        found.extend(directions[0])
+        return augment_all(points, directions)
+
+    monkeypatch.setattr("geotucker_torch._lift.augment_all", watched)
     point = gt.TuckerPoint(layer.core.detach().clone(), tuple(layer.point.factors))
     dense, x = layer.to_dense(), torch.randn(batch, 20, dtype=torch.float64)
     optimizer = TDLRT(torch.optim.SGD(layer.parameters(), 0.1), layer)
