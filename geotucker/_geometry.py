@@ -267,16 +267,19 @@ def extend(
     basis that has drifted by rounding.
     """
     rows = [(u, d[:, : _ops.shape(u)[0] - _ops.shape(u)[1]]) for u, d in rows]
-    found: list[tuple[Array, Array | None] | None] = []
     candidates = _ops.batched(_beside, rows)
     deviations = _ops.floats([deviation for _, deviation in candidates])
-    for (u, d), (q, _), deviation in zip(rows, candidates, deviations, strict=True):
-        if deviation <= 4 * math.sqrt(_ops.shape(u)[0]) * _ops.eps(u):
-            found.append((q if _ops.shape(d)[1] else u, None))
-        elif all(map(math.isfinite, _ops.largest([u, d]))):
-            found.append(_decompose_whole(u, _scaled(d)))
-        else:
-            found.append(None)
+    limits = [4 * math.sqrt(_ops.shape(u)[0]) * _ops.eps(u) for u, _ in rows]
+    # NaN is above every limit.
+    late = [i for i, limit in enumerate(limits) if not deviations[i] <= limit]
+    whole = _ops.batched(_decompose_whole, [rows[i] for i in late])
+    largest = _ops.largest([q for q, _ in whole])
+    found: list[tuple[Array, Array | None] | None] = [
+        (q if _ops.shape(d)[1] else u, None)
+        for (u, d), (q, _) in zip(rows, candidates, strict=True)
+    ]
+    for i, (q, triangle), entry in zip(late, whole, largest, strict=True):
+        found[i] = (q, triangle) if math.isfinite(entry) else None
     return found
 
 
@@ -303,15 +306,18 @@ def _scaled(columns: Array) -> Array:
 
 def _decompose_whole(basis: Array, directions: Array) -> tuple[Array, Array]:
     """QR of ``[basis | directions]``, signs chosen such that the basis leads."""
-    r = _ops.shape(basis)[1]
-    q, triangle = _ops.qr(_ops.concatenate([basis, directions], 1))
-    triangle = triangle[:, :r]
+    r = _ops.shape(basis)[-1]
+    both = basis
+    if _ops.shape(directions)[-1]:
+        both = _ops.concatenate([basis, _scaled(directions)], -1)
+    q, triangle = _ops.qr(both)
+    triangle = triangle[..., :r, :r]
     # Signs, so that the leading columns are the old basis and moments need no rotation.
     signs = _ops.sign(_ops.diagonal(triangle))
     signs = signs + (signs == 0)
-    leading = q[:, :r] * signs
-    q = _ops.concatenate([leading, q[:, r:]], 1) if _ops.shape(q)[1] > r else leading
-    return q, triangle[:r] * signs[:, None]
+    leading = q[..., :r] * signs[..., None, :]
+    q = _ops.concatenate([leading, q[..., r:]], -1) if _ops.shape(q)[-1] > r else leading
+    return q, triangle * signs[..., :, None]
 
 
 def project(point: Any, gradient: Gradient) -> TuckerTangent:

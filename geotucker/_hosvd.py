@@ -99,20 +99,28 @@ def _decompose_all(
     ]
     both = iter(_ops.batched(_ops.svd_both, matrices))
     single = iter(_ops.batched(_ops.svd, unfoldings))
-    found = []
-    for core, shape, known in zip(cores, shapes, facts, strict=True):
+    pairs: list[tuple[Array, Array]] = []
+    for shape in shapes:
         if len(shape) == 2:
             u, s, v = next(both)
-            pairs = [(u, s), (v, s)]
+            pairs += [(u, s), (v, s)]
         else:
-            pairs = [(u, s) for u, s in (next(single) for _ in shape)]
-        values = tuple(_values(s) for _, s in pairs)
-        found.append((Spectrum(shape, values, _ops.itemsize(core), known), [u for u, _ in pairs]))
-    return found
+            pairs += [(u, s) for u, s in (next(single) for _ in shape)]
+    values = iter(_ops.lists([s for _, s in pairs]))
+    vectors = iter(pairs)
+    return [
+        (
+            Spectrum(
+                shape, tuple(_values(next(values)) for _ in shape), _ops.itemsize(core), known
+            ),
+            [next(vectors)[0] for _ in shape],
+        )
+        for core, shape, known in zip(cores, shapes, facts, strict=True)
+    ]
 
 
-def _values(s: Array) -> "np.ndarray[Any, np.dtype[Any]]":
-    return _ops.to_numpy(s).astype(np.float64)
+def _values(s: Sequence[float]) -> "np.ndarray[Any, np.dtype[Any]]":
+    return np.asarray(s, np.float64)
 
 
 def spectrum(point: Any) -> Spectrum:
@@ -414,7 +422,7 @@ def st_hosvd(tensor: Array, ranks: Any) -> TuckerPoint:
     core, factors = tensor, []
     for mode in range(len(shape)):
         u, s = _ops.svd(_ops.unfold(core, mode))
-        values = _values(s)
+        values = _values(s.tolist())
         rank = rule.mode_rank(values, mode, shape)
         if not 1 <= rank <= len(values):
             raise RankError(

@@ -22,6 +22,7 @@ __all__ = [
     "Array",
     "backend_name",
     "batched",
+    "component",
     "concatenate",
     "diagonal",
     "dtype_name",
@@ -34,6 +35,7 @@ __all__ = [
     "largest",
     "leading",
     "like",
+    "lists",
     "max_abs",
     "mode_product",
     "moveaxis",
@@ -178,8 +180,9 @@ def sign(array: Array) -> Array:
 
 
 def diagonal(matrix: Array) -> Array:
-    """Return the main diagonal of a matrix."""
-    return _backend(matrix).diag(matrix)
+    """Return the main diagonal of a square matrix, or of each of a stack."""
+    identity = eye(shape(matrix)[-1], like=matrix)
+    return _backend(matrix).sum(matrix * identity, axis=-1)
 
 
 def like(values: Any, reference: Array) -> Array:
@@ -225,6 +228,18 @@ def norm(array: Array) -> float:
     return largest * math.sqrt(backend.sum(scaled * scaled).item())
 
 
+def component(a: Array, b: Array) -> Array:
+    """Return ``<a, b> / ||a||``, still on the device; 0 if a is zero.
+
+    Safe against overflow and underflow of the squares of a.
+    """
+    backend = _backend(a)
+    largest = backend.max(backend.abs(a))
+    scaled = a / (largest + (largest == 0))
+    squares = backend.sum(scaled * scaled)
+    return backend.sum(scaled * b) / backend.sqrt(squares + (squares == 0))
+
+
 def vdot(a: Array, b: Array) -> float:
     """Euclidean inner product of two arrays of one shape."""
     return float(_backend(a).sum(a * b).item())
@@ -240,18 +255,24 @@ def _cast(array: Array, dtype: Any) -> Array:
 
 
 def floats(scalars: Sequence[Array]) -> list[float]:
-    """Return numbers on a device, arrays of order 0, as Python's, with one question to each device.
+    """Return numbers on a device, arrays of order 0, as Python's: see `lists`."""
+    return [value for (value,) in lists([reshape(scalar, (1,)) for scalar in scalars])]
+
+
+def lists(vectors: Sequence[Array]) -> list[list[float]]:
+    """Return vectors on a device as lists of Python's numbers, with one question to each device.
 
     Every question makes the host wait for the device.
     """
     groups: dict[Any, list[int]] = {}
-    for index, scalar in enumerate(scalars):
-        groups.setdefault(_kind(scalar), []).append(index)
-    found = [0.0] * len(scalars)
+    for index, vector in enumerate(vectors):
+        groups.setdefault(_kind(vector)[1:], []).append(index)
+    found: list[list[float]] = [[]] * len(vectors)
     for members in groups.values():
-        stacked = _stack([scalars[index] for index in members])
-        for index, value in zip(members, stacked.tolist(), strict=True):
-            found[index] = value
+        values = concatenate([vectors[index] for index in members], 0).tolist()
+        for index in members:
+            (size,) = shape(vectors[index])
+            found[index], values = values[:size], values[size:]
     return found
 
 

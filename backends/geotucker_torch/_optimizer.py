@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 import geotucker as gt
 from geotucker._geometry import gauge, right_bases_of
 from geotucker._hosvd import follow
-from geotucker._integrators._base import allowance
+from geotucker._integrators._base import allowances
 
 from ._finite import Largest, check_finite, largest_of
 from ._guard import restored_if_it_fails
@@ -486,7 +486,7 @@ class TDLRT(Optimizer):
         """Truncate cores by the rule."""
         rule = self._rules.in_force(self._steps, [move.slot.name for move in moves])
         points = [move.slot.point for move in moves]
-        cuts = gt.truncate(points, rule, [move.facts() for move in moves])
+        cuts = gt.truncate(points, rule, _facts(moves))
         return [(move.slot, cut) for move, cut in zip(moves, cuts, strict=True)]
 
     def _write_cuts(self, cuts: "Sequence[tuple[Slot, gt.Truncation]]") -> None:
@@ -571,11 +571,14 @@ class _Move(NamedTuple):
     previous: tuple[int, ...]
     before: Tensor
 
-    def facts(self) -> gt.Facts:
-        """Return what rank rules may want to know."""
-        gradient, core = self.slot.core.grad, self.slot.core.detach()
-        paid = None if gradient is None else allowance(gradient, core - self.before)
-        return gt.Facts(self.previous, paid, flops_of(self.slot))
+
+def _facts(moves: Sequence[_Move]) -> list[gt.Facts]:
+    """Return what rank rules may want to know."""
+    pairs = [(m.slot.core.grad, m.slot.core.detach() - m.before) for m in moves]
+    known = [i for i, (gradient, _) in enumerate(pairs) if gradient is not None]
+    paid = allowances([pairs[i][0] for i in known], [pairs[i][1] for i in known])
+    by_move = dict(zip(known, paid, strict=True))
+    return [gt.Facts(m.previous, by_move.get(i), flops_of(m.slot)) for i, m in enumerate(moves)]
 
 
 @contextmanager

@@ -226,7 +226,8 @@ def finish(
     core, moments = settings.scheme(wide.core, gradient, settings.rate(state), moments)
     check_like(core, wide.core, "core after the step")
     check_finite(core, "core after the step")
-    facts = Facts(previous, allowance(gradient, core - wide.core))
+    (paid,) = allowances([gradient], [core - wide.core])
+    facts = Facts(previous, paid)
     rule = in_force(ranks, state.step)
     end = TuckerPoint(core, wide.factors)
     (cut,) = truncate([end], rule, [facts])
@@ -236,8 +237,8 @@ def finish(
     return StepResult(cut.point, State(state.step + 1, carried), report)
 
 
-def allowance(gradient: Array, step: Array) -> float:
-    """Return ``max(0, -<gradient, step>) / ||gradient||``: see `Facts`."""
-    norm = _ops.norm(gradient)
-    descent = -_ops.vdot(gradient / norm, step) if norm > 0.0 else 0.0
-    return max(descent, 0.0) if math.isfinite(descent) else 0.0  # a huge core may overflow
+def allowances(gradients: Sequence[Array], steps: Sequence[Array]) -> list[float]:
+    """Return ``max(0, -<gradient, step>) / ||gradient||`` of all tensors: see `Facts`."""
+    descents = _ops.floats([_ops.component(g, s) for g, s in zip(gradients, steps, strict=True)])
+    # A huge core may overflow.
+    return [max(-descent, 0.0) if math.isfinite(descent) else 0.0 for descent in descents]
