@@ -12,12 +12,14 @@ them. `from_tltorch` and `to_tltorch` go between this package and tensorly-torch
 
 from ._attention import TuckerMultiheadAttention
 from ._checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from ._collectives import ProcessError
 from ._embedding import TuckerEmbedding
 from ._factorize import Factorization, FactorizedLayer, densify, factorize, plan
 from ._finalize import finalize
 from ._inference import optimize_for_inference
 from ._layers import TuckerConv1d, TuckerConv2d, TuckerConv3d, TuckerLinear, TuckerModule
 from ._optimizer import TDLRT
+from ._peers import distribute
 from ._spectra import Spectra, WeightSpectra, spectra, summary
 from ._tensor_linear import TuckerTensorLinear
 from ._tltorch import from_tltorch, to_tltorch
@@ -30,6 +32,7 @@ __all__ = [
     "CheckpointError",
     "Factorization",
     "FactorizedLayer",
+    "ProcessError",
     "Spectra",
     "TuckerConv1d",
     "TuckerConv2d",
@@ -45,6 +48,7 @@ __all__ = [
     "WeightSpectra",
     "dense_state_dict",
     "densify",
+    "distribute",
     "factorize",
     "finalize",
     "from_tltorch",

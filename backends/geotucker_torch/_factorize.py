@@ -30,6 +30,7 @@ from ._modules import (
     replaced,
     selector,
 )
+from ._peers import distribute
 from ._rules import whole_model
 from ._table import table
 from ._tensor_linear import Split, TuckerTensorLinear, split_of
@@ -250,7 +251,7 @@ def factorize(
             encoder.modules()
         ):
             encoder.use_nested_tensor = False
-    return _swap(model, {**layers, **attentions})
+    return distribute(_swap(model, {**layers, **attentions}))
 
 
 def densify(model: _Model) -> _Model | nn.Module:

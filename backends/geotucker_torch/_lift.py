@@ -11,7 +11,8 @@ armed layer
    or its projection on the tangent space, which needs nothing beyond ``grad_C L`` and step 1.
 
 A weight may be used several times in one graph, by one layer or by layers that are tied; then all
-this happens once for all of them, at the end of the backward pass.
+this happens once for all of them, at the end of the backward pass. So it does where several
+processes train the model: then the gradients of all of them are averaged first (see `_peers`).
 
 From then on everything is ordinary: gradients can be clipped and scaled, further micro-batches add
 theirs in the same bases, and the wrapped optimizer steps a core that is just larger. Until the
@@ -47,7 +48,7 @@ from ._plan import cheapest
 if TYPE_CHECKING:
     from ._layers import TuckerModule
 
-__all__ = ["deliver", "lifting"]
+__all__ = ["deliver", "finish", "lifting"]
 
 # Projected inputs of more entries are computed again in backward (a twelfth of a step's work)
 # rather than kept: with them a network would need more memory than the dense one.
@@ -158,10 +159,12 @@ def deliver(
         Else: from the layer's bases to the gradient of the core in them.
     """
     extends = layer.armed and _same(point, layer.point)
-    if extends and layer.uses > 1:
+    if layer.peers is not None:
+        layer.peers.expect()
+    if extends and (layer.uses > 1 or layer.peers is not None):
         _wait(layer, use())
     elif extends or (layer.narrow is not None and _same(point, layer.narrow)):
-        _finish(layer, [use()])
+        finish(layer, [use()])
     else:  # not to be lifted, or lifted by a pass at another point
         _accumulate(layer, elsewhere([factor.detach() for factor in layer.factors]))
 
@@ -171,17 +174,26 @@ def _wait(layer: "TuckerModule", use: Use) -> None:
     waiting, backward = layer.waiting, torch._C._current_graph_task_id()
     if backward not in waiting:
 
-        def finish() -> None:
+        def at_end() -> None:
             with torch.no_grad(), without_autocast(use.point.core):
-                _finish(layer, waiting.pop(backward))
+                finish(layer, waiting.pop(backward))
 
         waiting[backward] = []
-        Variable._execution_engine.queue_callback(finish)
+        if layer.peers is None:  # else they finish it
+            Variable._execution_engine.queue_callback(at_end)
     waiting[backward].append(use)
 
 
-def _finish(layer: "TuckerModule", uses: Sequence[Use]) -> None:
-    """Extend the bases if the layer is armed, and give the core the gradient of all uses."""
+def finish(layer: "TuckerModule", uses: Sequence[Use]) -> None:
+    """Extend the bases if the layer is armed, and give the core the gradient of all uses.
+
+    Parameters
+    ----------
+    layer : TuckerModule
+        What has been used.
+    uses : sequence of Use
+        At least one, all at one point.
+    """
     point, galerkin = uses[0].point, layer.extension.galerkin
     directions = [_sum(parts) for parts in zip(*(use.directions for use in uses), strict=True)]
     armed = layer.armed and all_finite(directions)

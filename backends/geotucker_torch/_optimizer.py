@@ -20,6 +20,7 @@ from ._guard import restored_if_it_fails
 from ._history import RankHistory
 from ._layers import TuckerModule
 from ._lifted import Extension, Lift
+from ._peers import Peers, group_of, is_joint
 from ._point import orthonormal
 from ._rules import Rules, flops_of
 from ._scale import moving_entries, normalises, scale_step
@@ -81,11 +82,16 @@ class TDLRT(Optimizer):
     one_pass : bool
         Whether layers of this package extend their bases in their own backward pass. False: by
         two calls of a closure, as published, which gives the result of "tdlrt".
+    process_group : torch.distributed.ProcessGroup, optional
+        The processes that train this model together, each with batches of its own; by default all
+        of them, if torch.distributed is initialised. A group of one process trains alone.
 
     Raises
     ------
     TypeError, ValueError, geotucker.RankError
         For arguments that cannot be used; nothing is changed then.
+    ProcessError
+        If another process is lost.
 
     Notes
     -----
@@ -104,6 +110,11 @@ class TDLRT(Optimizer):
     *Transforms.* In training ``torch.compile`` leaves Tucker layers that an optimizer moves outside
     of its graphs, so that no change of rank compiles anything anew. Under the transforms of
     ``torch.func`` layers are ordinary functions of their parameters and extend nothing.
+
+    *Many processes.* Build it on all of them at the same time, after ``init_process_group``: all
+    take the model of the first. At the end of each backward pass gradients that
+    ``DistributedDataParallel`` does not average are averaged here, whether the model is wrapped in
+    it or not. Bases and ranks are the same on all processes after every step.
 
     *Two passes.* Tucker tensors in modules of other kinds need a closure: ``step(closure)``
     calls it twice in a step that extends the bases, at one and the same weight.
@@ -141,6 +152,7 @@ class TDLRT(Optimizer):
         basis_every: int | None = None,
         match_rms: bool = True,
         one_pass: bool = True,
+        process_group: Any = None,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
@@ -158,6 +170,7 @@ class TDLRT(Optimizer):
             raise ValueError(f"integrator: expected one of {INTEGRATORS}, got {integrator!r}")
         slots = _trained_slots(model, optimizer)
         self._rules = Rules.of(ranks, model, slots)
+        group = group_of(process_group)
         self.wrapped = optimizer
         self._model = model
         # Not Optimizer.__init__, which would make param groups and state of its own:
@@ -168,6 +181,7 @@ class TDLRT(Optimizer):
         self.match_rms = match_rms
         self._slots = slots
         _share_lifts(slots)
+        self._peers = None if group is None else Peers(group, model, optimizer, slots)
         self._steps = 0
         for slot in slots:
             point = slot.point
@@ -181,7 +195,8 @@ class TDLRT(Optimizer):
         self.one_pass = one_pass
         self._arm()
         # Without this optimizer nobody would truncate what they extend.
-        weakref.finalize(self, _disarm, [slot.layer for slot in slots if slot.layer is not None])
+        layers = [slot.layer for slot in slots if slot.layer is not None]
+        weakref.finalize(self, _disarm, layers, self._peers)
 
     # What an optimizer is for its users: all of it belongs to the wrapped one.
 
@@ -313,6 +328,11 @@ class TDLRT(Optimizer):
         geotucker.NonFiniteError
             If a gradient or a new core is NaN or infinite.
         """
+        if self._peers is None and is_joint(group_of()):
+            raise ValueError(
+                "process_group: expected torch.distributed to be initialised before TDLRT is built "
+                "(and the optimizer not to be a copy), got it initialised afterwards"
+            )
         slots = self._trained()
         foreign = [s for s in slots if s.layer is None or not self.one_pass]
         if closure is None and foreign and self._moves_bases:
@@ -338,6 +358,8 @@ class TDLRT(Optimizer):
             check_finite((f"{s.name}.core after the step", s.core) for s in slots)
             if self._moves_bases:
                 self._truncate(slots, list(map(_facts, slots, previous, before)))
+                if self._peers is not None:
+                    self._peers.agree(self.state)
             self._steps += 1
             self._left = self.ranks
             self._history = self._history.after(self._steps, self._left)
@@ -462,9 +484,11 @@ class TDLRT(Optimizer):
         check_finite((name, p.grad) for p, name in parameters.items() if p.grad is not None)
 
 
-def _disarm(layers: list[TuckerModule]) -> None:
+def _disarm(layers: list[TuckerModule], peers: Peers | None) -> None:
     for layer in layers:
         layer.armed = layer._lift.moving = False
+        if layer.peers is peers:  # and not those of a later optimizer
+            layer.peers = None
 
 
 def _trained_slots(model: nn.Module, optimizer: Optimizer) -> list[Slot]:

@@ -1,0 +1,404 @@
+"""Many processes, one model: what `TDLRT` has in common with those that train the same model.
+
+Each process has the whole model and a batch of its own. Bases must be the same on all of them, so
+what they are formed from is averaged *before* they are: at the end of a backward pass the layers'
+gradients ``grad_{K_i} L`` and ``grad_C L`` of all processes meet in one message, and then each
+process extends the bases by the same averages. These are of the size of the factors and cores; no
+dense gradient is formed, let alone sent. In steps that move no bases the gradients of the cores
+are all there is. All parameters that ``DistributedDataParallel`` does not average (all of them,
+without it) are averaged here.
+
+*Who averages what.* A reducer of DistributedDataParallel knows the shapes that parameters had when
+the model was wrapped, and breaks with the first change of a rank: it must leave the Tucker tensors
+alone (`distribute`). Averaging is idempotent, so that a gradient that is averaged twice, with
+micro-batches added in between, is right all the same: within its ``no_sync`` a pass sends nothing,
+unless it extends the bases, which must agree from then on.
+
+*All alike.* NaN on one process is NaN on all after the average: none extends its bases, and `step`
+raises on all. Truncation is computed by each from the same numbers. Should the results differ in a
+single bit, as on machines of different kinds they may, all take those of the first process.
+"""
+
+import time
+import weakref
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+import geotucker as gt
+from geotucker._moments import zero
+
+from ._collectives import (
+    Group,
+    Part,
+    all_equal,
+    all_objects,
+    average,
+    fingerprint,
+    object_of_first,
+    phase,
+)
+from ._contract import without_autocast
+from ._layers import TuckerModule
+from ._lift import finish
+from ._lifted import Use
+from ._modules import check_model
+from ._slots import Slot, find_slots
+
+__all__ = ["Peers", "distribute", "group_of", "is_joint"]
+
+_Model = TypeVar("_Model", bound=nn.Module)
+_IGNORED = "_ddp_params_and_buffers_to_ignore"
+
+
+def distribute(model: _Model) -> _Model:
+    """Tell DistributedDataParallel to leave the Tucker tensors of a model to `TDLRT`.
+
+    `factorize` does it for the model that it is given. It is needed where that is only a part of
+    what is wrapped later, by hand or by a trainer: call it on the whole, before it is wrapped.
+
+    Parameters
+    ----------
+    model : nn.Module
+        What DistributedDataParallel will be given. Nothing else about it changes.
+
+    Returns
+    -------
+    nn.Module
+        The model.
+
+    Raises
+    ------
+    TypeError
+        If `model` is not a module.
+    ValueError
+        If it is wrapped already.
+
+    Examples
+    --------
+    >>> from geotucker_torch import distribute, factorize
+    >>> body = factorize(nn.Sequential(nn.Linear(20, 10)), 4, verbose=False)
+    >>> model = distribute(nn.Sequential(body, nn.Linear(10, 2)))
+    """
+    check_model(model)
+    if isinstance(model, DistributedDataParallel):
+        raise ValueError(
+            "model: expected one that is not wrapped yet, got a DistributedDataParallel, which "
+            "knows its parameters for good; call distribute(model) before"
+        )
+    kept = [name for name in getattr(model, _IGNORED, ()) if name not in _tucker_names(model)]
+    setattr(model, _IGNORED, [*kept, *_tucker_names(model)])
+    return model
+
+
+def _tucker_names(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return cores and factors by all their names, as DistributedDataParallel says them."""
+    tucker = {p for slot in find_slots(model) for p in (slot.core, *slot.factors)}
+    named: dict[str, nn.Parameter] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter in tucker:
+                # The parameters of the root itself are ".core" in one place, "core" in another.
+                named |= {f"{prefix}.{name}": parameter, f"{prefix}.{name}".lstrip("."): parameter}
+    return named
+
+
+def group_of(process_group: Any = None) -> Group | None:
+    """Return the group whose processes train together, None without torch.distributed.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `process_group` is no group, or this process is not in it.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        if process_group is not None:
+            raise ValueError(
+                f"process_group: expected None without torch.distributed, got {process_group!r}"
+            )
+        return None
+    if process_group is None:
+        return dist.group.WORLD
+    if process_group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("process_group: expected a group that this process is in, got another")
+    if not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(
+            "process_group: expected a torch.distributed.ProcessGroup, got "
+            f"{type(process_group).__name__}"
+        )
+    return process_group
+
+
+def is_joint(group: Group | None) -> bool:
+    """Tell whether a group has more processes than one."""
+    return group is not None and dist.get_world_size(group) > 1
+
+
+class Peers:
+    """The processes that train one model, seen from one of them.
+
+    Parameters
+    ----------
+    group : torch.distributed.ProcessGroup
+        All of them; on each this is built at the same time, for the same model.
+    model : nn.Module
+        Takes the values, and the ranks, that it has on the first process.
+    optimizer : torch.optim.Optimizer
+        Steps the parameters.
+    slots : sequence of Slot
+        The Tucker tensors.
+
+    Raises
+    ------
+    ValueError
+        If the models of the processes differ.
+    ProcessError
+        If another process is lost.
+    """
+
+    def __init__(
+        self, group: Group, model: nn.Module, optimizer: Optimizer, slots: Sequence[Slot]
+    ) -> None:
+        self._group, self._optimizer, self._slots = group, optimizer, slots
+        # Backward passes under way at whose end gradients are to be averaged, by their number.
+        self._expected: set[int] = set()
+        # What has wrapped the model in its last forward passes, and whether that averages then.
+        self._wrappers: dict[DistributedDataParallel, bool] = {}
+        self._met = True
+        self.seconds = 0.0
+        with phase("start", group), torch.no_grad():
+            self._start(model)
+        for slot in slots:
+            for layer in slot.layers:
+                layer.peers = self
+        ref = weakref.ref(self)
+        handles = [
+            p.register_post_accumulate_grad_hook(lambda _: _expect(ref))
+            for p in self._parameters()
+            if p.requires_grad and p.is_leaf
+        ]
+        weakref.finalize(self, _remove, handles)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle as None: a copy of a model has no part in what this one is told."""
+        return type(None), ()
+
+    def _start(self, model: nn.Module) -> None:
+        tucker = {p for slot in self._slots for p in (slot.core, *slot.factors)}
+        rest = [t for t in (*model.parameters(), *model.buffers()) if t not in tucker]
+        rest = [t.detach() for t in rest if not _is_elsewhere(t)]
+        shapes = {
+            "Tucker tensors": {slot.name: tuple(slot.point.shape) for slot in self._slots},
+            "other tensors": [tuple(t.shape) for t in rest],
+        }
+        for process, other in enumerate(found := all_objects(shapes, self._group)):
+            if other != found[0]:
+                raise ValueError(
+                    f"model: expected the same on all processes, got {other} on process {process}, "
+                    f"{found[0]} on process 0"
+                )
+        points, values = object_of_first(([slot.point for slot in self._slots], rest), self._group)
+        for slot, point in zip(self._slots, points, strict=True):
+            slot.write(_to(point, slot.core.device))
+        for tensor, value in zip(rest, values, strict=True):
+            tensor.copy_(value)
+
+    # A training step, in its order.
+
+    def enter(self) -> None:
+        """Take note of what has wrapped the model; layers call it in forward.
+
+        Raises
+        ------
+        ValueError
+            If it would average the Tucker tensors.
+        """
+        if self._met:
+            self._wrappers, self._met = {}, False
+        wrapper = DistributedDataParallel._get_active_ddp_module()
+        if wrapper is not None:
+            if wrapper not in self._wrappers:
+                _check_ignored(wrapper, self._slots)
+            self._wrappers[wrapper] = bool(wrapper.require_backward_grad_sync)
+
+    def expect(self) -> None:
+        """Have the gradients averaged at the end of the backward pass that is under way."""
+        backward = torch._C._current_graph_task_id()
+        if backward not in self._expected:
+            self._expected.add(backward)
+            Variable._execution_engine.queue_callback(lambda: self._meet(backward))
+
+    def _meet(self, backward: int) -> None:
+        """Average gradients, and extend the bases of layers that are armed by the averages."""
+        self._expected.discard(backward)
+        self._met = True
+        start = time.perf_counter()
+        moving = {
+            slot.layer: slot.layer.waiting.pop(backward, [])
+            for slot in self._slots
+            if slot.layer is not None and slot.layer.armed and slot.core.requires_grad
+        }
+        others = self._others(moving) if all(self._wrappers.values()) else []
+        with torch.no_grad(), without_autocast(self._slots[0].core):
+            sent = [
+                *(_part(layer, uses) for layer, uses in moving.items()),
+                *(_gradient_part(p) for p in others),
+            ]
+            means = iter(self._average(sent))
+            lifted = [
+                layer for layer, uses in moving.items() if _extended(layer, uses, next(means))
+            ]
+            for parameter, mean in zip(others, means, strict=True):
+                parameter.grad = mean and mean[0]
+            whole = [layer for layer in lifted if layer.extension.galerkin]
+            cores = self._average([_gradient_part(layer.core) for layer in whole])
+            for layer, mean in zip(whole, cores, strict=True):
+                assert mean is not None
+                layer.core.grad = mean[0]
+                if layer.lifted_norm is not None:
+                    layer.lifted_norm = mean[0].abs().amax()
+        self.seconds += time.perf_counter() - start
+
+    def _others(self, moving: Mapping[TuckerModule, Any]) -> list[nn.Parameter]:
+        """Return the parameters whose gradients nobody else averages."""
+        cores = {layer.core for layer in moving}
+        reduced = {p for wrapper in self._wrappers for p in wrapper.module.parameters()}
+        reduced -= {p for slot in self._slots for p in (slot.core, *slot.factors)}
+        return [
+            p
+            for p in self._parameters()
+            if p.requires_grad and p not in cores and p not in reduced and not _is_elsewhere(p)
+        ]
+
+    def _parameters(self) -> dict[nn.Parameter, None]:
+        """Return all that has gradients, each once, in the same order on all processes."""
+        tucker = [p for slot in self._slots for p in (slot.core, *slot.factors)]
+        stepped = [p for group in self._optimizer.param_groups for p in group["params"]]
+        return dict.fromkeys([*tucker, *stepped])
+
+    def _average(self, parts: Sequence[Part]) -> list[list[Tensor] | None]:
+        if not parts:
+            return []
+        with phase("synchronisation", self._group):
+            return average(parts, self._group)
+
+    def agree(self, state: MutableMapping[Tensor, Any]) -> None:
+        """Take the Tucker tensors and their state from the first process, should any differ.
+
+        Parameters
+        ----------
+        state : mapping of Tensor to Any
+            The optimizer's, by core.
+        """
+        points = [slot.point for slot in self._slots]
+        arrays = [array for point in points for array in (point.core, *point.factors)]
+        with phase("truncation", self._group):
+            if all_equal(fingerprint(arrays), self._group, arrays[0].device):
+                return
+            own = [(point, state.get(s.core)) for s, point in zip(self._slots, points, strict=True)]
+            first = object_of_first(own, self._group)
+        for slot, (point, moments) in zip(self._slots, first, strict=True):
+            slot.write(_to(point, slot.core.device))
+            if moments is not None:
+                state[slot.core] = _to(moments, slot.core.device)
+
+
+def _expect(ref: "Callable[[], Peers | None]") -> None:
+    peers = ref()
+    if peers is not None:
+        peers.expect()
+
+
+def _remove(handles: Sequence[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+def _part(layer: TuckerModule, uses: Sequence[Use]) -> Part:
+    """Return what the bases of a layer are formed from, and its gradient if that is all of it."""
+    core = layer.core
+    directions = [
+        k if u.shape[0] > u.shape[1] else k[:, :0]  # complete bases have no directions
+        for k, u in zip(zero(layer.point), layer.factors, strict=True)
+    ]
+    for use in uses:
+        directions = [d + part for d, part in zip(directions, use.directions, strict=True)]
+    # A pass at another point may have left its gradient already.
+    present = bool(uses) or core.grad is not None
+    if layer.extension.galerkin:
+        return Part(present, directions)
+    gradient = torch.zeros_like(core) if core.grad is None else core.grad
+    for use in uses:
+        assert use.tangent is not None
+        gradient = gradient + use.tangent
+    return Part(present, [gradient, *directions])
+
+
+def _extended(layer: TuckerModule, uses: Sequence[Use], mean: list[Tensor] | None) -> bool:
+    """Extend the bases of a layer by averages, unless no process has used it."""
+    if mean is None:
+        return False
+    point, right = layer.point, uses[0].right if uses else [None] * len(layer.factors)
+    if not layer.extension.galerkin:
+        gradient, *directions = mean
+        layer.core.grad = None
+        finish(layer, [Use(point, directions, right, gradient, None)])
+        return True
+
+    def whole(bases: Sequence[Tensor]) -> Tensor:
+        parts = [use.whole(bases) for use in uses if use.whole is not None]
+        empty = layer.core.new_zeros([basis.shape[1] for basis in bases])
+        return sum(parts, empty)
+
+    finish(layer, [Use(point, mean, right, None, whole)])
+    return True
+
+
+def _gradient_part(parameter: nn.Parameter) -> Part:
+    if parameter.grad is None:
+        return Part(False, [parameter.detach()])
+    if parameter.grad.is_sparse:
+        raise ValueError(
+            f"gradient: expected a dense one of the parameter of shape {tuple(parameter.shape)}, "
+            "got a sparse one; wrap the model in DistributedDataParallel, which averages it"
+        )
+    return Part(True, [parameter.grad])
+
+
+def _is_elsewhere(tensor: Tensor) -> bool:
+    """Tell whether a tensor is in parts on several processes, and averaged by who did that."""
+    return isinstance(tensor, dist.tensor.DTensor)
+
+
+def _to(tree: Any, device: torch.device) -> Any:
+    """Move all tensors of a tree."""
+    if isinstance(tree, Tensor):
+        return tree.to(device)
+    if isinstance(tree, gt.TuckerPoint):
+        return gt.TuckerPoint(*_to(tuple(tree), device))
+    if isinstance(tree, dict):
+        return {key: _to(value, device) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_to(value, device) for value in tree)
+    return tree
+
+
+def _check_ignored(wrapper: DistributedDataParallel, slots: Sequence[Slot]) -> None:
+    cores = {slot.core for slot in slots}
+    names = [
+        name
+        for name, p in _tucker_names(wrapper.module).items()
+        if p in cores and name not in wrapper.parameters_to_ignore
+    ]
+    if names:
+        raise ValueError(
+            f"model: expected DistributedDataParallel to leave {', '.join(names)} to TDLRT, got "
+            "it averaging them, which fails when ranks change; call "
+            "geotucker_torch.distribute(model) on the whole model before it is wrapped"
+        )
