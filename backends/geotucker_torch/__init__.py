@@ -18,6 +18,7 @@ from ._factorize import Factorization, FactorizedLayer, densify, factorize, plan
 from ._finalize import finalize
 from ._inference import optimize_for_inference
 from ._layers import TuckerConv1d, TuckerConv2d, TuckerConv3d, TuckerLinear, TuckerModule
+from ._metrics import metrics
 from ._optimizer import TDLRT
 from ._peers import distribute
 from ._spectra import Spectra, WeightSpectra, spectra, summary
@@ -54,6 +55,7 @@ __all__ = [
     "from_tltorch",
     "load_checkpoint",
     "load_weights",
+    "metrics",
     "optimize_for_inference",
     "plan",
     "plot",

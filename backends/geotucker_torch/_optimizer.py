@@ -1,6 +1,7 @@
 """The optimizer TDLRT: any torch optimizer as the one-step integrator of Tucker cores."""
 
 import math
+import time
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -183,6 +184,8 @@ class TDLRT(Optimizer):
         _share_lifts(slots)
         self._peers = None if group is None else Peers(group, model, optimizer, slots)
         self._steps = 0
+        self._seconds: dict[str, float] = {}
+        self._ended = time.perf_counter()
         for slot in slots:
             point = slot.point
             if (same := orthonormal(point)) is not point:
@@ -228,6 +231,16 @@ class TDLRT(Optimizer):
         saved with the optimizer.
         """
         return self._history.by_step()
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """How long parts of the last step took on the host; empty before one.
+
+        "iteration" is the time from the end of the step before it, "step" that in `step`, "bases"
+        that in which it truncated them, and "processes" that in which the backward passes before it
+        exchanged gradients with other processes, waiting included.
+        """
+        return dict(self._seconds)
 
     @property
     def model(self) -> nn.Module:
@@ -333,6 +346,7 @@ class TDLRT(Optimizer):
                 "process_group: expected torch.distributed to be initialised before TDLRT is built "
                 "(and the optimizer not to be a copy), got it initialised afterwards"
             )
+        began, bases = time.perf_counter(), 0.0
         slots = self._trained()
         foreign = [s for s in slots if s.layer is None or not self.one_pass]
         if closure is None and foreign and self._moves_bases:
@@ -357,14 +371,24 @@ class TDLRT(Optimizer):
                 self._scale_steps(slots, previous, before)
             check_finite((f"{s.name}.core after the step", s.core) for s in slots)
             if self._moves_bases:
+                bases = -time.perf_counter()
                 self._truncate(slots, list(map(_facts, slots, previous, before)))
+                bases += time.perf_counter()
                 if self._peers is not None:
                     self._peers.agree(self.state)
             self._steps += 1
             self._left = self.ranks
             self._history = self._history.after(self._steps, self._left)
             self._arm()
+        self._note_seconds(began, bases)
         return loss
+
+    def _note_seconds(self, began: float, bases: float) -> None:
+        now = time.perf_counter()
+        self._seconds = {"iteration": now - self._ended, "step": now - began, "bases": bases}
+        self._ended = now
+        if self._peers is not None:
+            self._seconds["processes"] = self._peers.taken_seconds()
 
     @property
     def _moves_bases(self) -> bool:

@@ -171,7 +171,7 @@ class Peers:
         # What has wrapped the model in its last forward passes, and whether that averages then.
         self._wrappers: dict[DistributedDataParallel, bool] = {}
         self._met = True
-        self.seconds = 0.0
+        self._seconds = 0.0
         with phase("start", group), torch.no_grad():
             self._start(model)
         for slot in slots:
@@ -263,7 +263,7 @@ class Peers:
                 layer.core.grad = mean[0]
                 if layer.lifted_norm is not None:
                     layer.lifted_norm = mean[0].abs().amax()
-        self.seconds += time.perf_counter() - start
+        self._seconds += time.perf_counter() - start
 
     def _others(self, moving: Mapping[TuckerModule, Any]) -> list[nn.Parameter]:
         """Return the parameters whose gradients nobody else averages."""
@@ -287,6 +287,11 @@ class Peers:
             return []
         with phase("synchronisation", self._group):
             return average(parts, self._group)
+
+    def taken_seconds(self) -> float:
+        """Return the time that averages have taken since this was asked last."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
     def agree(self, state: MutableMapping[Tensor, Any]) -> None:
         """Take the Tucker tensors and their state from the first process, should any differ.

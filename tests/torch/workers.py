@@ -5,7 +5,6 @@
 Each scenario leaves what it returns in a file of the folder.
 """
 
-import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import geotucker as gt
-from geotucker_torch import TDLRT, distribute, factorize
+from geotucker_torch import TDLRT, factorize
 
 BATCH = 8  # of all processes together
 
@@ -76,9 +75,7 @@ def train(
     model = network(rank)
     many = dist.is_initialized()
     outer: Any = DistributedDataParallel(model) if many and wrap else model
-    optimizer = TDLRT(
-        OPTIMIZERS[kind](model), model, rule or gt.Tolerance(0.1, floor=2), **options
-    )
+    optimizer = TDLRT(OPTIMIZERS[kind](model), model, rule or gt.Tolerance(0.1, floor=2), **options)
     if load:
         load(model, optimizer)
     norms = []
