@@ -182,7 +182,7 @@ class TDLRT(Optimizer):
         self.match_rms = match_rms
         self._slots = slots
         _share_lifts(slots)
-        self._peers = None if group is None else Peers(group, model, optimizer, slots)
+        self.peers = None if group is None else Peers(group, model, optimizer, slots)
         self._steps = 0
         self._seconds: dict[str, float] = {}
         self._ended = time.perf_counter()
@@ -199,7 +199,7 @@ class TDLRT(Optimizer):
         self._arm()
         # Without this optimizer nobody would truncate what they extend.
         layers = [slot.layer for slot in slots if slot.layer is not None]
-        weakref.finalize(self, _disarm, layers, self._peers)
+        weakref.finalize(self, _disarm, layers, self.peers)
 
     # What an optimizer is for its users: all of it belongs to the wrapped one.
 
@@ -341,7 +341,7 @@ class TDLRT(Optimizer):
         geotucker.NonFiniteError
             If a gradient or a new core is NaN or infinite.
         """
-        if self._peers is None and is_joint(group_of()):
+        if self.peers is None and is_joint(group_of()):
             raise ValueError(
                 "process_group: expected torch.distributed to be initialised before TDLRT is built "
                 "(and the optimizer not to be a copy), got it initialised afterwards"
@@ -374,8 +374,8 @@ class TDLRT(Optimizer):
                 bases = -time.perf_counter()
                 self._truncate(slots, list(map(_facts, slots, previous, before)))
                 bases += time.perf_counter()
-                if self._peers is not None:
-                    self._peers.agree(self.state)
+                if self.peers is not None:
+                    self.peers.agree(self.state)
             self._steps += 1
             self._left = self.ranks
             self._history = self._history.after(self._steps, self._left)
@@ -387,8 +387,8 @@ class TDLRT(Optimizer):
         now = time.perf_counter()
         self._seconds = {"iteration": now - self._ended, "step": now - began, "bases": bases}
         self._ended = now
-        if self._peers is not None:
-            self._seconds["processes"] = self._peers.taken_seconds()
+        if self.peers is not None:
+            self._seconds["processes"] = self.peers.taken_seconds()
 
     @property
     def _moves_bases(self) -> bool:

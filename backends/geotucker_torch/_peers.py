@@ -19,6 +19,7 @@ raises on all. Truncation is computed by each from the same numbers. Should the 
 single bit, as on machines of different kinds they may, all take those of the first process.
 """
 
+import sys
 import time
 import weakref
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
@@ -51,7 +52,7 @@ from ._lifted import Use
 from ._modules import check_model
 from ._slots import Slot, find_slots
 
-__all__ = ["Peers", "distribute", "group_of", "is_joint"]
+__all__ = ["Peers", "distribute", "group_of", "is_first", "is_joint", "is_sharded"]
 
 _Model = TypeVar("_Model", bound=nn.Module)
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
@@ -140,6 +141,18 @@ def is_joint(group: Group | None) -> bool:
     return group is not None and dist.get_world_size(group) > 1
 
 
+def is_first(model: nn.Module, optimizer: Any = None) -> bool:
+    """Tell whether no other process comes before this one among those that train the model."""
+    held = [optimizer, *(m for m in model.modules() if isinstance(m, TuckerModule))]
+    return all(peers.is_first for peers in (getattr(h, "peers", None) for h in held) if peers)
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Tell whether a tensor is in parts on several processes, and averaged by who did that."""
+    tensors = sys.modules.get("torch.distributed.tensor")  # loaded where there are any
+    return tensors is not None and isinstance(tensor, tensors.DTensor)
+
+
 class Peers:
     """The processes that train one model, seen from one of them.
 
@@ -192,7 +205,7 @@ class Peers:
     def _start(self, model: nn.Module) -> None:
         tucker = {p for slot in self._slots for p in (slot.core, *slot.factors)}
         rest = [t for t in (*model.parameters(), *model.buffers()) if t not in tucker]
-        rest = [t.detach() for t in rest if not _is_elsewhere(t)]
+        rest = [t.detach() for t in rest if not is_sharded(t)]
         shapes = {
             "Tucker tensors": {slot.name: tuple(slot.point.shape) for slot in self._slots},
             "other tensors": [tuple(t.shape) for t in rest],
@@ -273,7 +286,7 @@ class Peers:
         return [
             p
             for p in self._parameters()
-            if p.requires_grad and p not in cores and p not in reduced and not _is_elsewhere(p)
+            if p.requires_grad and p not in cores and p not in reduced and not is_sharded(p)
         ]
 
     def _parameters(self) -> dict[nn.Parameter, None]:
@@ -287,6 +300,11 @@ class Peers:
             return []
         with phase("synchronisation", self._group):
             return average(parts, self._group)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the first of its group."""
+        return dist.get_rank(self._group) == 0
 
     def taken_seconds(self) -> float:
         """Return the time that averages have taken since this was asked last."""
@@ -374,11 +392,6 @@ def _gradient_part(parameter: nn.Parameter) -> Part:
             "got a sparse one; wrap the model in DistributedDataParallel, which averages it"
         )
     return Part(True, [parameter.grad])
-
-
-def _is_elsewhere(tensor: Tensor) -> bool:
-    """Tell whether a tensor is in parts on several processes, and averaged by who did that."""
-    return isinstance(tensor, dist.tensor.DTensor)
 
 
 def _to(tree: Any, device: torch.device) -> Any:

@@ -1,11 +1,15 @@
 """Trainings on many processes: a program that tests start, and the same on one process for them.
 
-    python workers.py FOLDER RANK WORLD SECONDS SCENARIO ...
+    python workers.py FOLDER WORLD:SCENARIO ...
 
-Each scenario leaves what it returns in a file of the folder.
+It forks processes, so that torch is imported once. What a scenario returns, or the error that it
+raises, is left for each process in a file of the folder.
 """
 
+import os
+import signal
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
@@ -18,8 +22,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import geotucker as gt
-from geotucker_torch import TDLRT, factorize
+from geotucker_torch import TDLRT, distribute, factorize, load_checkpoint, save_checkpoint
+from geotucker_torch._collectives import Part, all_equal, average
 
+CPU = torch.device("cpu")
 BATCH = 8  # of all processes together
 
 
@@ -75,7 +81,9 @@ def train(
     model = network(rank)
     many = dist.is_initialized()
     outer: Any = DistributedDataParallel(model) if many and wrap else model
-    optimizer = TDLRT(OPTIMIZERS[kind](model), model, rule or gt.Tolerance(0.1, floor=2), **options)
+    optimizer = TDLRT(
+        OPTIMIZERS[kind](model), model, rule or gt.Tolerance(0.2, floor=2, spare=1), **options
+    )
     if load:
         load(model, optimizer)
     norms = []
@@ -100,7 +108,7 @@ def train(
             if hasattr(m, "bias")
         ],
         "biases": [m.bias.detach() for m in model if getattr(m, "bias", None) is not None],
-        "points": [t.clone() for i in (0, 2, 5) for t in model[i].point.core[None]],
+        "arrays": [t.detach() for i in (0, 2, 5) for t in (model[i].core, *model[i].factors)],
         "history": optimizer.rank_history,
         "norms": norms,
     }
@@ -119,25 +127,265 @@ TRAININGS: dict[str, dict[str, Any]] = {
 }
 
 
-def main(folder: Path, rank: int, world: int, seconds: float, names: list[str]) -> None:
-    torch.set_num_threads(1)
+# On several processes only.
+
+
+def broken_input(folder: Path, rank: int, world: int) -> dict[str, Any]:
+    """NaN comes on one process; the same step goes well afterwards."""
+    model = network()
+    wrapped = DistributedDataParallel(model)
+    optimizer = TDLRT(OPTIMIZERS["adam"](model), model, gt.Tolerance(0.1))
+    x, y = (shard(t, rank, world) for t in batch(0))
+    before = [t.clone() for t in model.state_dict().values()]
+    nn.functional.cross_entropy(wrapped(x * torch.nan if rank == 1 else x), y).backward()
+    try:
+        optimizer.step()
+    except gt.NonFiniteError as error:
+        message = str(error)
+    same = all(map(torch.equal, before, model.state_dict().values()))
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(wrapped(x), y).backward()
+    optimizer.step()
+    return {"message": message, "same": same, "ranks": optimizer.ranks}
+
+
+def other_truncation(folder: Path, rank: int, world: int) -> dict[str, Any]:
+    """One process finds other singular vectors, and other ranks, than the first does."""
+    truncate = gt.truncate
+
+    def other(points: Any, rule: Any, facts: Any = None) -> Any:
+        if rank == 0:
+            return truncate(points, rule, facts)
+        cuts = truncate(points, gt.Fixed(3), facts)
+        return [
+            cut._replace(
+                point=gt.TuckerPoint(
+                    -cut.point.core, (-cut.point.factors[0], *cut.point.factors[1:])
+                )
+            )
+            for cut in cuts
+        ]
+
+    gt.truncate = other
+    try:
+        return train(rank, world, kind="adam")
+    finally:
+        gt.truncate = truncate
+
+
+class Sometimes(nn.Module):
+    """Uses one layer twice, and another not at all if it is told so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layers = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 12)
+        self.first, self.second, self.unused = (layer.double() for layer in layers)
+        factorize(self, 3, verbose=False)
+
+    def forward(self, x: Tensor, whole: bool) -> Tensor:
+        x = torch.tanh(self.first(torch.tanh(self.first(x))))
+        return self.second(x) if whole else x
+
+
+def unused_layers(rank: int, world: int, wrap: bool = True) -> dict[str, Any]:
+    """Train where the odd halves of a batch leave a layer out, and all of them another."""
+    model = Sometimes()
+    outer: Any = model
+    if dist.is_initialized() and wrap:
+        outer = DistributedDataParallel(model, find_unused_parameters=True)
+    optimizer = TDLRT(OPTIMIZERS["sgd"](model), model, gt.Tolerance(0.1, floor=2))
+    for step in range(4):
+        optimizer.zero_grad()
+        x = torch.randn(8, 12, generator=torch.Generator().manual_seed(step)).double()
+        halves = [rank] if world > 1 else [0, 1]
+        losses = [outer(shard(x, half, 2), half == 0).square().mean() for half in halves]
+        (sum(losses) / len(halves)).backward()
+        optimizer.step()
+    assert model.unused.core.grad is None and model.unused.ranks == (3, 3)
+    return {"state": dict(model.state_dict()), "weight": model.first.dense_weight().detach()}
+
+
+def not_told(folder: Path, rank: int, world: int) -> str:
+    """Wrap what is around a factorised model, and forget to say so, or remember."""
+    messages = []
+    for prepare in (lambda model: model, distribute):
+        body = network()
+        wrapped = DistributedDataParallel(prepare(nn.Sequential(body, nn.Linear(3, 3).double())))
+        optimizer = TDLRT(OPTIMIZERS["sgd"](wrapped), body)
+        try:
+            for _ in range(2):
+                optimizer.zero_grad()
+                wrapped(batch(0)[0]).sum().backward()
+                optimizer.step()
+        except ValueError as error:
+            messages.append(str(error))
+    (message,) = messages
+    return message
+
+
+def other_models(folder: Path, rank: int, world: int) -> str:
+    """Start with unequal models."""
+    model = nn.Sequential(*network()[: 6 - rank])
+    try:
+        TDLRT(OPTIMIZERS["sgd"](model), model)
+    except ValueError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def other_groups(folder: Path, rank: int, world: int) -> dict[str, Any]:
+    """Train apart, and ask for groups that cannot be."""
+    groups = [dist.new_group([r]) for r in range(world)]
+    messages = []
+    for group in (groups[1 - rank], "gloo"):
+        model = network()
+        try:
+            TDLRT(OPTIMIZERS["sgd"](model), model, process_group=group)
+        except (TypeError, ValueError) as error:
+            messages.append(str(error))
+    apart = train(0, 1, wrap=False, process_group=groups[rank])
+    return {"messages": messages, **apart}
+
+
+def late(folder: Path, rank: int, world: int) -> str:
+    """Build the optimizer before the processes know of one another."""
+    model = network()
+    optimizer = TDLRT(OPTIMIZERS["sgd"](model), model)
+    join(folder, rank, world)
+    model(batch(0)[0]).sum().backward()
+    try:
+        optimizer.step()
+    except ValueError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def means(folder: Path, rank: int, world: int) -> list[Any]:
+    """Average tensors of two kinds, some of which some processes do not have."""
+    group = dist.group.WORLD
+    sent = [
+        Part(True, [torch.full((2, 2), 1.0 + rank)]),
+        Part(rank == 1, [torch.ones(3, dtype=torch.float64), torch.ones(0)]),
+        Part(False, [torch.ones(1)]),
+    ]
+    return [average(sent, group), all_equal(7, group, CPU), all_equal(rank, group, CPU)]
+
+
+def saved(folder: Path, rank: int, world: int) -> dict[str, Any]:
+    """Train half of the way; all processes save, as one file."""
+
+    def save(model: nn.Module, optimizer: TDLRT) -> None:
+        save_checkpoint(folder / "checkpoint", model, optimizer, step=3)
+
+    return train(rank, world, kind="adam", steps=3, save=save)
+
+
+def resumed(folder: Path, rank: int, world: int) -> dict[str, Any]:
+    """Go on from there, on any number of processes."""
+
+    def load(model: nn.Module, optimizer: TDLRT) -> None:
+        assert load_checkpoint(folder / "checkpoint", model, optimizer) == {"step": 3}
+
+    return train(rank, world, kind="adam", start=3, steps=3, load=load)
+
+
+# A process is killed.
+
+
+def killed_in(phase: str) -> Callable[[Path, int, int], str]:
+    """Train until the last process is killed in a phase of the third step."""
+
+    def scenario(folder: Path, rank: int, world: int) -> str:
+        model = network()
+        outer = DistributedDataParallel(model) if phase == "backward" else model
+        optimizer = TDLRT(OPTIMIZERS["sgd"](model), model, gt.Tolerance(0.1))
+
+        def die(*_: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        for step in range(4):
+            optimizer.zero_grad()
+            dying = rank == world - 1 and step == 2
+            if dying and phase == "forward":
+                die()
+            x, y = (shard(t, rank, world) for t in batch(step))
+            output = outer(x)
+            if dying and phase == "backward":
+                output.register_hook(die)
+            if dying and phase == "truncation":
+                gt.truncate = die
+            try:
+                nn.functional.cross_entropy(output, y).backward()
+                optimizer.step()
+                if rank == 0 and step == 1:
+                    save_checkpoint(folder / f"before {phase}", model, optimizer, step=step)
+            except gt.GeotuckerError as error:
+                return f"{type(error).__name__} {error}"
+        return "nothing was raised"
+
+    return scenario
+
+
+def join(folder: Path, rank: int, world: int) -> None:
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/meeting",
         rank=rank,
         world_size=world,
-        timeout=timedelta(seconds=seconds),
+        timeout=timedelta(seconds=20),
     )
-    for name in names:
-        if name in TRAININGS:
-            result: Any = train(rank, world, **TRAININGS[name])
-        else:
-            result = SCENARIOS[name](folder, rank, world)
-        torch.save(result, folder / f"{name}-{rank}")
-    dist.destroy_process_group()
 
 
-SCENARIOS: dict[str, Callable[[Path, int, int], Any]] = {}
+SCENARIOS: dict[str, Callable[[Path, int, int], Any]] = {
+    name: lambda folder, rank, world, options=options: train(rank, world, **options)
+    for name, options in TRAININGS.items()
+}
+SCENARIOS |= {f"killed in {p}": killed_in(p) for p in ("forward", "backward", "truncation")}
+SCENARIOS |= {
+    f.__name__: f
+    for f in (
+        broken_input,
+        late,
+        means,
+        not_told,
+        other_groups,
+        other_models,
+        other_truncation,
+        resumed,
+        saved,
+    )
+}
+SCENARIOS["unused_layers"] = lambda folder, rank, world: unused_layers(rank, world)
+SCENARIOS["unused_layers alone"] = lambda folder, rank, world: unused_layers(rank, world, False)
+
+
+def work(folder: Path, rank: int, world: int, name: str) -> None:
+    """Run a scenario in a process of its own, and leave its result in a file."""
+    try:
+        if name != "late":
+            join(folder, rank, world)
+        result = SCENARIOS[name](folder, rank, world)
+    except BaseException:
+        result = traceback.format_exc()
+    torch.save(result, folder / f"{name}.{world}.{rank}")
+    os._exit(0)
+
+
+def main(folder: Path, jobs: list[str]) -> None:
+    torch.set_num_threads(1)
+    for job in jobs:
+        number, name = job.split(":")
+        (folder / "meeting").unlink(missing_ok=True)
+        children = []
+        for rank in range(int(number)):
+            child = os.fork()
+            if child == 0:
+                work(folder, rank, int(number), name)
+            children.append(child)
+        for child in children:
+            os.waitpid(child, 0)
+
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *map(int, sys.argv[2:4]), float(sys.argv[4]), sys.argv[5:])
+    main(Path(sys.argv[1]), sys.argv[2:])
