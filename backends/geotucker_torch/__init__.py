@@ -13,6 +13,7 @@ them. `from_tltorch` and `to_tltorch` go between this package and tensorly-torch
 from ._attention import TuckerMultiheadAttention
 from ._checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from ._collectives import ProcessError
+from ._distribute import distribute
 from ._embedding import TuckerEmbedding
 from ._factorize import Factorization, FactorizedLayer, densify, factorize, plan
 from ._finalize import finalize
@@ -20,7 +21,6 @@ from ._inference import optimize_for_inference
 from ._layers import TuckerConv1d, TuckerConv2d, TuckerConv3d, TuckerLinear, TuckerModule
 from ._metrics import metrics
 from ._optimizer import TDLRT
-from ._peers import distribute
 from ._spectra import Spectra, WeightSpectra, spectra, summary
 from ._tensor_linear import TuckerTensorLinear
 from ._tltorch import from_tltorch, to_tltorch

@@ -13,6 +13,7 @@ from torch import nn
 import geotucker as gt
 
 from ._attention import TuckerMultiheadAttention, split_attention
+from ._distribute import distribute
 from ._embedding import TuckerEmbedding
 from ._layers import (
     TuckerConv1d,
@@ -30,7 +31,6 @@ from ._modules import (
     replaced,
     selector,
 )
-from ._peers import distribute
 from ._rules import whole_model
 from ._table import table
 from ._tensor_linear import Split, TuckerTensorLinear, split_of

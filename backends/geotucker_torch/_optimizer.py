@@ -513,6 +513,8 @@ def _disarm(layers: list[TuckerModule], peers: Peers | None) -> None:
         layer.armed = layer._lift.moving = False
         if layer.peers is peers:  # and not those of a later optimizer
             layer.peers = None
+    if peers is not None:
+        peers.leave()
 
 
 def _trained_slots(model: nn.Module, optimizer: Optimizer) -> list[Slot]:

@@ -23,7 +23,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -46,68 +46,13 @@ from ._collectives import (
     phase,
 )
 from ._contract import without_autocast
+from ._distribute import active_wrapper, check_ignored
 from ._layers import TuckerModule
 from ._lift import finish
 from ._lifted import Use
-from ._modules import check_model
-from ._slots import Slot, find_slots
+from ._slots import Slot
 
-__all__ = ["Peers", "distribute", "group_of", "is_first", "is_joint", "is_sharded"]
-
-_Model = TypeVar("_Model", bound=nn.Module)
-_IGNORED = "_ddp_params_and_buffers_to_ignore"
-
-
-def distribute(model: _Model) -> _Model:
-    """Tell DistributedDataParallel to leave the Tucker tensors of a model to `TDLRT`.
-
-    `factorize` does it for the model that it is given. It is needed where that is only a part of
-    what is wrapped later, by hand or by a trainer: call it on the whole, before it is wrapped.
-
-    Parameters
-    ----------
-    model : nn.Module
-        What DistributedDataParallel will be given. Nothing else about it changes.
-
-    Returns
-    -------
-    nn.Module
-        The model.
-
-    Raises
-    ------
-    TypeError
-        If `model` is not a module.
-    ValueError
-        If it is wrapped already.
-
-    Examples
-    --------
-    >>> from geotucker_torch import distribute, factorize
-    >>> body = factorize(nn.Sequential(nn.Linear(20, 10)), 4, verbose=False)
-    >>> model = distribute(nn.Sequential(body, nn.Linear(10, 2)))
-    """
-    check_model(model)
-    if isinstance(model, DistributedDataParallel):
-        raise ValueError(
-            "model: expected one that is not wrapped yet, got a DistributedDataParallel, which "
-            "knows its parameters for good; call distribute(model) before"
-        )
-    kept = [name for name in getattr(model, _IGNORED, ()) if name not in _tucker_names(model)]
-    setattr(model, _IGNORED, [*kept, *_tucker_names(model)])
-    return model
-
-
-def _tucker_names(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return cores and factors by all their names, as DistributedDataParallel says them."""
-    tucker = {p for slot in find_slots(model) for p in (slot.core, *slot.factors)}
-    named: dict[str, nn.Parameter] = {}
-    for prefix, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter in tucker:
-                # The parameters of the root itself are ".core" in one place, "core" in another.
-                named |= {f"{prefix}.{name}": parameter, f"{prefix}.{name}".lstrip("."): parameter}
-    return named
+__all__ = ["Peers", "group_of", "is_first", "is_joint", "is_sharded"]
 
 
 def group_of(process_group: Any = None) -> Group | None:
@@ -191,12 +136,11 @@ class Peers:
             for layer in slot.layers:
                 layer.peers = self
         ref = weakref.ref(self)
-        handles = [
+        self._handles = [
             p.register_post_accumulate_grad_hook(lambda _: _expect(ref))
             for p in self._parameters()
             if p.requires_grad and p.is_leaf
         ]
-        weakref.finalize(self, _remove, handles)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle as None: a copy of a model has no part in what this one is told."""
@@ -234,10 +178,10 @@ class Peers:
         """
         if self._met:
             self._wrappers, self._met = {}, False
-        wrapper = DistributedDataParallel._get_active_ddp_module()
+        wrapper = active_wrapper()
         if wrapper is not None:
             if wrapper not in self._wrappers:
-                _check_ignored(wrapper, self._slots)
+                check_ignored(wrapper, self._slots)
             self._wrappers[wrapper] = bool(wrapper.require_backward_grad_sync)
 
     def expect(self) -> None:
@@ -268,7 +212,7 @@ class Peers:
                 layer for layer, uses in moving.items() if _extended(layer, uses, next(means))
             ]
             for parameter, mean in zip(others, means, strict=True):
-                parameter.grad = mean and mean[0]
+                parameter.grad = None if mean is None else mean[0]
             whole = [layer for layer in lifted if layer.extension.galerkin]
             cores = self._average([_gradient_part(layer.core) for layer in whole])
             for layer, mean in zip(whole, cores, strict=True):
@@ -306,6 +250,11 @@ class Peers:
         """Whether this process is the first of its group."""
         return dist.get_rank(self._group) == 0
 
+    def leave(self) -> None:
+        """Have no more gradients averaged."""
+        for handle in self._handles:
+            handle.remove()
+
     def taken_seconds(self) -> float:
         """Return the time that averages have taken since this was asked last."""
         seconds, self._seconds = self._seconds, 0.0
@@ -338,11 +287,6 @@ def _expect(ref: "Callable[[], Peers | None]") -> None:
         peers.expect()
 
 
-def _remove(handles: Sequence[Any]) -> None:
-    for handle in handles:
-        handle.remove()
-
-
 def _part(layer: TuckerModule, uses: Sequence[Use]) -> Part:
     """Return what the bases of a layer are formed from, and its gradient if that is all of it."""
     core = layer.core
@@ -367,7 +311,8 @@ def _extended(layer: TuckerModule, uses: Sequence[Use], mean: list[Tensor] | Non
     """Extend the bases of a layer by averages, unless no process has used it."""
     if mean is None:
         return False
-    point, right = layer.point, uses[0].right if uses else [None] * len(layer.factors)
+    point = layer.point
+    right: list[Tensor | None] = uses[0].right if uses else [None] * point.order
     if not layer.extension.galerkin:
         gradient, *directions = mean
         layer.core.grad = None
@@ -405,18 +350,3 @@ def _to(tree: Any, device: torch.device) -> Any:
     if isinstance(tree, (list, tuple)):
         return type(tree)(_to(value, device) for value in tree)
     return tree
-
-
-def _check_ignored(wrapper: DistributedDataParallel, slots: Sequence[Slot]) -> None:
-    cores = {slot.core for slot in slots}
-    names = [
-        name
-        for name, p in _tucker_names(wrapper.module).items()
-        if p in cores and name not in wrapper.parameters_to_ignore
-    ]
-    if names:
-        raise ValueError(
-            f"model: expected DistributedDataParallel to leave {', '.join(names)} to TDLRT, got "
-            "it averaging them, which fails when ranks change; call "
-            "geotucker_torch.distribute(model) on the whole model before it is wrapped"
-        )

@@ -84,6 +84,12 @@ def test_four_processes_save_what_two_and_one_resume(folder: Path, results: Resu
     assert_alike([workers.resumed(folder, 0, 1)], expected)
 
 
+def test_a_model_in_parts_is_not_saved_as_a_whole(folder: Path, results: Results) -> None:
+    for message in results("save_parts"):
+        assert "expected whole tensors, got '0.bias' in parts on several processes" in message
+    assert not (folder / "parts").exists()
+
+
 @pytest.mark.parametrize("name", ["unused_layers", "unused_layers alone"])
 def test_layers_that_some_or_all_processes_leave_out(name: str, results: Results) -> None:
     expected = workers.unused_layers(0, 1)

@@ -19,10 +19,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import geotucker as gt
-from geotucker_torch import TDLRT, distribute, factorize, load_checkpoint, save_checkpoint
+from geotucker_torch import (
+    TDLRT,
+    TuckerModule,
+    distribute,
+    factorize,
+    load_checkpoint,
+    save_checkpoint,
+)
 from geotucker_torch._collectives import Part, all_equal, average
 
 CPU = torch.device("cpu")
@@ -66,24 +76,31 @@ def train(
     rank: int,
     world: int,
     *,
-    wrap: bool = True,
+    wrap: bool | str = True,
     kind: str = "sgd",
     rule: Any = None,
     micro: int = 1,
     clip: float | None = None,
     steps: int = 6,
     start: int = 0,
+    rebuilt: bool = False,
     load: Callable[[nn.Module, TDLRT], Any] | None = None,
     save: Callable[[nn.Module, TDLRT], Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Train for a few steps, on this process's share of each batch; seeds differ by process."""
-    model = network(rank)
+    model = network(0 if wrap == "sharded" else rank)  # parts are of one model to begin with
     many = dist.is_initialized()
-    outer: Any = DistributedDataParallel(model) if many and wrap else model
+    outer: Any = model
+    if many and wrap == "sharded":
+        shard_dense_parts(model)
+    elif many and wrap:
+        outer = DistributedDataParallel(model)
     optimizer = TDLRT(
         OPTIMIZERS[kind](model), model, rule or gt.Tolerance(0.2, floor=2, spare=1), **options
     )
+    if rebuilt:  # the first one leaves the second alone, whenever it goes
+        optimizer = TDLRT(OPTIMIZERS[kind](model), model, rule, **options)
     if load:
         load(model, optimizer)
     norms = []
@@ -103,15 +120,28 @@ def train(
         save(model, optimizer)
     return {
         "weights": [
-            m.dense_weight().detach() if hasattr(m, "dense_weight") else m.weight.detach()
+            m.dense_weight().detach() if hasattr(m, "dense_weight") else whole(m.weight)
             for m in model
             if hasattr(m, "bias")
         ],
-        "biases": [m.bias.detach() for m in model if getattr(m, "bias", None) is not None],
+        "biases": [whole(m.bias) for m in model if getattr(m, "bias", None) is not None],
         "arrays": [t.detach() for i in (0, 2, 5) for t in (model[i].core, *model[i].factors)],
         "history": optimizer.rank_history,
         "norms": norms,
     }
+
+
+def shard_dense_parts(model: nn.Module) -> None:
+    """Leave on each process a part of every dense tensor, and the Tucker tensors as they are."""
+    tucker = {p for m in model.modules() if isinstance(m, TuckerModule) for p in m.parameters()}
+    tucker -= {m.bias for m in model.modules() if isinstance(m, TuckerModule)}
+    fully_shard(
+        model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)), ignored_params=tucker
+    )
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 TRAININGS: dict[str, dict[str, Any]] = {
@@ -122,6 +152,8 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "accumulation": {"micro": 2, "clip": 0.5},
     "whole accumulation": {"integrator": "tdlrt", "micro": 2},
     "alone accumulation": {"wrap": False, "micro": 2, "kind": "adam"},
+    "sharded": {"wrap": "sharded", "kind": "adam"},
+    "rebuilt": {"rebuilt": True},
     "seldom": {"basis_every": 3, "clip": 0.1},
     "budget": {"rule": gt.Budget(parameters=0.35, steps=4), "kind": "adam"},
 }
@@ -248,6 +280,17 @@ def other_groups(folder: Path, rank: int, world: int) -> dict[str, Any]:
     return {"messages": messages, **apart}
 
 
+def save_parts(folder: Path, rank: int, world: int) -> str:
+    """Save a model whose dense parts are on several processes."""
+    model = network()
+    shard_dense_parts(model)
+    try:
+        save_checkpoint(folder / "parts", model)
+    except TypeError as error:
+        return str(error)
+    return "nothing was raised"
+
+
 def late(folder: Path, rank: int, world: int) -> str:
     """Build the optimizer before the processes know of one another."""
     model = network()
@@ -353,6 +396,7 @@ SCENARIOS |= {
         other_models,
         other_truncation,
         resumed,
+        save_parts,
         saved,
     )
 }
