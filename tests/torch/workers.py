@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,26 +97,30 @@ def train(
         shard_dense_parts(model)
     elif many and wrap:
         outer = DistributedDataParallel(model)
-    optimizer = TDLRT(
-        OPTIMIZERS[kind](model), model, rule or gt.Tolerance(0.2, floor=2, spare=1), **options
-    )
-    if rebuilt:  # the first one leaves the second alone, whenever it goes
+    rule = rule or gt.Tolerance(0.2, floor=2, spare=1)
+    optimizer = TDLRT(OPTIMIZERS[kind](model), model, rule, **options)
+    if rebuilt:  # the first one leaves the second in its group
         optimizer = TDLRT(OPTIMIZERS[kind](model), model, rule, **options)
     if load:
         load(model, optimizer)
     norms = []
-    for step in range(start, start + steps):
+
+    def backward(step: int) -> None:
         optimizer.zero_grad()
         for part in range(micro):
-            x, y = (shard(t, part, micro) for t in batch(step))
-            x, y = (shard(t, rank, world) for t in (x, y))
+            x, y = (shard(shard(t, part, micro), rank, world) for t in batch(step))
             last = part == micro - 1
-            local = outer.no_sync() if many and wrap and not last else nullcontext()
-            with local:
+            with outer.no_sync() if outer is not model and not last else nullcontext():
                 (nn.functional.cross_entropy(outer(x), y) / micro).backward()
-        if clip is not None:
-            norms.append(nn.utils.clip_grad_norm_(model.parameters(), clip).item())
-        optimizer.step()
+
+    for step in range(start, start + steps):
+        if options.get("one_pass", True):
+            backward(step)
+            if clip is not None:
+                norms.append(nn.utils.clip_grad_norm_(model.parameters(), clip).item())
+            optimizer.step()
+        else:
+            optimizer.step(partial(backward, step))
     if save:
         save(model, optimizer)
     return {
@@ -153,6 +158,8 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "whole accumulation": {"integrator": "tdlrt", "micro": 2},
     "alone accumulation": {"wrap": False, "micro": 2, "kind": "adam"},
     "sharded": {"wrap": "sharded", "kind": "adam"},
+    "two passes": {"one_pass": False},
+    "two passes alone": {"one_pass": False, "wrap": False, "kind": "adam"},
     "rebuilt": {"rebuilt": True},
     "seldom": {"basis_every": 3, "clip": 0.1},
     "budget": {"rule": gt.Budget(parameters=0.35, steps=4), "kind": "adam"},
