@@ -48,9 +48,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def results(folder: Path) -> Results:
     """Return what the processes have found, each its own."""
 
-    def load(name: str, world: int = 2, survivors: int | None = None) -> list[Any]:
-        files = [folder / f"{name}.{world}.{rank}" for rank in range(survivors or world)]
-        return [torch.load(file) for file in files]
+    def load(name: str, world: int = 2) -> list[Any]:
+        return [torch.load(folder / f"{name}.{world}.{rank}") for rank in range(world)]
 
     return load
 
@@ -139,19 +138,23 @@ def test_an_optimizer_that_was_there_before_the_processes_is_refused(results: Re
 
 
 @pytest.mark.parametrize(
-    ("killed", "told"),
+    ("killed", "survivor", "told"),
     [
-        ("forward", "synchronisation"),
-        ("backward", "synchronisation"),
-        ("truncation", "truncation"),
+        ("start", 0, "start"),
+        ("forward", 0, "synchronisation"),
+        ("backward", 0, "synchronisation"),
+        ("truncation", 0, "truncation"),
+        ("checkpoint", 1, "synchronisation"),
     ],
 )
 def test_a_killed_process_ends_the_others(
-    killed: str, told: str, folder: Path, results: Results
+    killed: str, survivor: int, told: str, folder: Path
 ) -> None:
-    (message,) = results(f"killed in {killed}", survivors=1)
-    assert message.startswith(f"ProcessError {told}: process 0 of 2 has lost the others")
-    assert load_checkpoint(folder / f"before {killed}", workers.network()) == {"step": 1}
+    assert not (folder / f"killed in {killed}.2.{1 - survivor}").exists()
+    message = torch.load(folder / f"killed in {killed}.2.{survivor}")
+    assert message.startswith(f"ProcessError {told}: process {survivor} of 2 has lost the others")
+    if killed != "start":  # what was saved last is whole
+        assert load_checkpoint(folder / f"before {killed}", workers.network()) == {"step": 1}
 
 
 def test_means(results: Results) -> None:

@@ -344,34 +344,39 @@ def resumed(folder: Path, rank: int, world: int) -> dict[str, Any]:
 
 
 def killed_in(phase: str) -> Callable[[Path, int, int], str]:
-    """Train until the last process is killed in a phase of the third step."""
+    """Train until a process is killed: the first one while it saves, else the last one."""
 
     def scenario(folder: Path, rank: int, world: int) -> str:
         model = network()
         outer = DistributedDataParallel(model) if phase == "backward" else model
-        optimizer = TDLRT(OPTIMIZERS["sgd"](model), model, gt.Tolerance(0.1))
+        victim = rank == (0 if phase == "checkpoint" else world - 1)
 
         def die(*_: Any) -> Any:
             os.kill(os.getpid(), signal.SIGKILL)
 
-        for step in range(4):
-            optimizer.zero_grad()
-            dying = rank == world - 1 and step == 2
-            if dying and phase == "forward":
+        try:
+            if victim and phase == "start":
                 die()
-            x, y = (shard(t, rank, world) for t in batch(step))
-            output = outer(x)
-            if dying and phase == "backward":
-                output.register_hook(die)
-            if dying and phase == "truncation":
-                gt.truncate = die
-            try:
+            optimizer = TDLRT(OPTIMIZERS["sgd"](model), model, gt.Tolerance(0.1))
+            for step in range(4):
+                optimizer.zero_grad()
+                dying = victim and step == 2
+                if dying and phase == "forward":
+                    die()
+                x, y = (shard(t, rank, world) for t in batch(step))
+                output = outer(x)
+                if dying and phase == "backward":
+                    output.register_hook(die)
+                if dying and phase == "truncation":
+                    gt.truncate = die
                 nn.functional.cross_entropy(output, y).backward()
                 optimizer.step()
-                if rank == 0 and step == 1:
+                if dying and phase == "checkpoint":
+                    os.replace = die
+                if step in (1, 2):
                     save_checkpoint(folder / f"before {phase}", model, optimizer, step=step)
-            except gt.GeotuckerError as error:
-                return f"{type(error).__name__} {error}"
+        except gt.GeotuckerError as error:
+            return f"{type(error).__name__} {error}"
         return "nothing was raised"
 
     return scenario
@@ -391,7 +396,10 @@ SCENARIOS: dict[str, Callable[[Path, int, int], Any]] = {
     name: lambda folder, rank, world, options=options: train(rank, world, **options)
     for name, options in TRAININGS.items()
 }
-SCENARIOS |= {f"killed in {p}": killed_in(p) for p in ("forward", "backward", "truncation")}
+SCENARIOS |= {
+    f"killed in {phase}": killed_in(phase)
+    for phase in ("start", "forward", "backward", "truncation", "checkpoint")
+}
 SCENARIOS |= {
     f.__name__: f
     for f in (
