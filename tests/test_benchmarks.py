@@ -100,3 +100,28 @@ def test_times_are_per_call_and_relative_to_the_first() -> None:
     )
     assert times["a"].wall_ratio == times["a"].cpu_ratio == 1
     assert 2 < times["b"].cpu_ratio < 8
+
+
+@pytest.mark.skipif(not Path("/proc/net/dev").exists(), reason="the bytes are Linux's")
+def test_exchange_of_processes(tmp_path: Path) -> None:
+    path = tmp_path / "distributed.csv"
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+    options = ["--steps", "2", "--channels", "32", "--processes", "1,2", "--out", str(path)]
+    command = [sys.executable, "-W", "ignore", str(FOLDER / "distributed.py"), *options]
+    subprocess.run(command, check=True, env=environment, timeout=200, stdout=subprocess.DEVNULL)
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    measured = [row for row in rows if row["kind"] == "measured"]
+    assert [int(row["processes"]) for row in measured] == [1] * 3 + [2] * 3
+    for row in measured[3:]:  # all that is beside the gradients is small
+        sent, gradients = int(row["wire_bytes"]), int(row["wire_model_bytes"])
+        assert gradients < sent < 1.1 * gradients + 20_000
+    assert all(float(row["step_ms"]) > 0 for row in rows)
+    beyond = [row for row in rows if row["kind"] == "model"]
+    assert [int(row["processes"]) for row in beyond] == [4] * 3 + [16] * 3 + [64] * 3
+    for dense, *tucker in (beyond[:3], beyond[3:6], beyond[6:]):
+        for row in tucker:
+            assert int(row["wire_model_bytes"]) < 0.2 * int(dense["wire_model_bytes"])

@@ -12,11 +12,14 @@ them. `from_tltorch` and `to_tltorch` go between this package and tensorly-torch
 
 from ._attention import TuckerMultiheadAttention
 from ._checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from ._collectives import ProcessError
+from ._distribute import distribute
 from ._embedding import TuckerEmbedding
 from ._factorize import Factorization, FactorizedLayer, densify, factorize, plan
 from ._finalize import finalize
 from ._inference import optimize_for_inference
 from ._layers import TuckerConv1d, TuckerConv2d, TuckerConv3d, TuckerLinear, TuckerModule
+from ._metrics import metrics
 from ._optimizer import TDLRT
 from ._spectra import Spectra, WeightSpectra, spectra, summary
 from ._tensor_linear import TuckerTensorLinear
@@ -30,6 +33,7 @@ __all__ = [
     "CheckpointError",
     "Factorization",
     "FactorizedLayer",
+    "ProcessError",
     "Spectra",
     "TuckerConv1d",
     "TuckerConv2d",
@@ -45,11 +49,13 @@ __all__ = [
     "WeightSpectra",
     "dense_state_dict",
     "densify",
+    "distribute",
     "factorize",
     "finalize",
     "from_tltorch",
     "load_checkpoint",
     "load_weights",
+    "metrics",
     "optimize_for_inference",
     "plan",
     "plot",

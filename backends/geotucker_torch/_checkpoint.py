@@ -33,6 +33,7 @@ from ._files import write_atomically
 from ._guard import untouched_if_loading_fails
 from ._modules import check_model
 from ._optimizer import TDLRT
+from ._peers import is_first, is_sharded
 from ._tree import pack, unpack
 from ._weights import load_weights
 
@@ -57,7 +58,8 @@ def save_checkpoint(
 
     A process that is killed at any moment leaves the old file or the new one, each whole. Between
     ``backward`` and ``step`` the layers are saved as they were before the backward pass: gradients
-    are not saved. Of several processes only one may save.
+    are not saved. Of several processes that train the model together (see `TDLRT`) the first one
+    writes, and the others return at once: call it on all of them, or on the first only.
 
     Parameters
     ----------
@@ -94,6 +96,14 @@ def save_checkpoint(
     """
     check_model(model)
     state = model.state_dict()
+    parts = [name for name, t in state.items() if is_sharded(t)]
+    if parts:
+        raise TypeError(
+            f"model: expected whole tensors, got {parts[0]!r} in parts on several processes; save "
+            "with torch.distributed.checkpoint, which knows them"
+        )
+    if not is_first(model, optimizer):
+        return
     tensors: dict[str, Tensor] = {}
     content = {
         "model": pack(state, "", tensors),

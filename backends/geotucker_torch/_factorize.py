@@ -13,6 +13,7 @@ from torch import nn
 import geotucker as gt
 
 from ._attention import TuckerMultiheadAttention, split_attention
+from ._distribute import distribute
 from ._embedding import TuckerEmbedding
 from ._layers import (
     TuckerConv1d,
@@ -250,7 +251,7 @@ def factorize(
             encoder.modules()
         ):
             encoder.use_nested_tensor = False
-    return _swap(model, {**layers, **attentions})
+    return distribute(_swap(model, {**layers, **attentions}))
 
 
 def densify(model: _Model) -> _Model | nn.Module:

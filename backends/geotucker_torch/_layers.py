@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from ._maps import ConvMap, LayerMap, LinearMap
 from ._plan import Sizes
 from ._point import own_parameter, read_point, write_point
 from ._tensor_plan import TensorSizes
+
+if TYPE_CHECKING:
+    from ._peers import Peers
 
 __all__ = [
     "TuckerConv1d",
@@ -101,6 +104,7 @@ class TuckerModule(nn.Module):
     lifted_norm: Tensor | None = _of_lift("lifted_norm")
     uses: int = _of_lift("uses")
     waiting: Waiting = _of_lift("waiting")
+    peers: "Peers | None" = _of_lift("peers")
     # Of the last pass that could extend the bases.
     sizes: Sizes | TensorSizes | None
 
@@ -270,8 +274,10 @@ class TuckerModule(nn.Module):
     def _uncompiled(self, run: Callable[..., Tensor], *arguments: Any) -> Tensor:
         """Call a function, outside of compiled graphs where an optimizer moves the bases."""
         if torch.compiler.is_compiling() and torch.is_grad_enabled() and self._lift.moving:
-            output: Tensor = _called_eagerly(run, *arguments)
+            output: Tensor = _called_eagerly(self._uncompiled, run, *arguments)
             return output
+        if self.peers is not None and torch.is_grad_enabled():
+            self.peers.enter()
         return run(*arguments)
 
     @property

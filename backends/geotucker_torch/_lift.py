@@ -12,8 +12,9 @@ armed layer
 
 A weight may be used several times in one graph, by one layer or by layers that are tied, and layers
 of like shapes share the linear algebra; so steps 2 and 3 wait for the end of the backward pass, and
-happen there for all at once. Only the whole gradient is formed at once where it can be, since it
-needs the pass's input.
+happen there for all at once. (Where several processes train the model, the gradients of all of
+them are averaged first: see `_peers`.) Only the whole gradient is formed at once where it can be,
+since it needs the pass's input.
 
 From then on everything is ordinary: gradients can be clipped and scaled, further micro-batches add
 theirs in the same bases, and the wrapped optimizer steps a core that is just larger. Until the
@@ -48,7 +49,7 @@ from ._plan import cheapest
 if TYPE_CHECKING:
     from ._layers import TuckerModule
 
-__all__ = ["deliver", "lifting"]
+__all__ = ["deliver", "finish", "lifting"]
 
 # Projected inputs of more entries are computed again in backward (a twelfth of a step's work)
 # rather than kept: with them a network would need more memory than the dense one.
@@ -159,11 +160,14 @@ def deliver(
         Else: from the layer's bases to the gradient of the core in them.
     """
     extends = layer.armed and _same(point, layer.point)
+    if layer.peers is not None:
+        layer.peers.expect()
     # The whole gradient keeps input and output in memory, so that it only waits where it must.
-    if extends and (layer.uses > 1 or not layer.extension.galerkin):
+    waits = layer.uses > 1 or not layer.extension.galerkin or layer.peers is not None
+    if extends and waits:
         _wait(layer, use())
     elif extends or (layer.narrow is not None and _same(point, layer.narrow)):
-        _finish([(layer, [use()])])
+        finish([(layer, [use()])])
     else:  # not to be lifted, or lifted by a pass at another point
         _accumulate(layer, elsewhere([factor.detach() for factor in layer.factors]))
 
@@ -176,18 +180,26 @@ def _wait(layer: "TuckerModule", use: Use) -> None:
     waiting, backward = layer.waiting, torch._C._current_graph_task_id()
     if backward not in waiting:
 
-        def finish() -> None:
+        def at_end() -> None:
             uses = waiting.pop(backward, {}).values()
             with torch.no_grad(), without_autocast(use.point.core):
-                _finish([(one[0][0], [part for _, part in one]) for one in uses])
+                finish([(one[0][0], [part for _, part in one]) for one in uses])
 
         waiting[backward] = {}
-        Variable._execution_engine.queue_callback(finish)
+        if layer.peers is None:  # else they finish it
+            Variable._execution_engine.queue_callback(at_end)
     waiting[backward].setdefault(id(layer.core), []).append((layer, use))
 
 
-def _finish(used: Sequence[tuple["TuckerModule", Sequence[Use]]]) -> None:
-    """Extend the bases of the layers that are armed, and give all cores the gradients."""
+def finish(used: Sequence[tuple["TuckerModule", Sequence[Use]]]) -> None:
+    """Extend the bases of the layers that are armed, and give all cores the gradients.
+
+    Parameters
+    ----------
+    used : sequence of pairs
+        A layer of each Tucker tensor that has been used, and its uses: at least one, all at one
+        point.
+    """
     directions = [
         [_sum(parts) for parts in zip(*(use.directions for use in uses), strict=True)]
         for _, uses in used

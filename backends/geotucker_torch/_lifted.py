@@ -10,6 +10,7 @@ import geotucker as gt
 
 if TYPE_CHECKING:
     from ._layers import TuckerModule
+    from ._peers import Peers
 
 __all__ = ["Extension", "Lift", "Use", "Waiting"]
 
@@ -62,6 +63,8 @@ class Lift:
 
     # Set by an optimizer: it moves the bases, so that ranks may change in any step.
     moving: bool = False
+    # Set by an optimizer: the processes whose gradients are averaged with those here (`_peers`).
+    peers: "Peers | None" = None
     # Set by an optimizer: the next backward pass shall extend the bases, and how (see `_lift`).
     armed: bool = False
     extension: Extension = field(default_factory=Extension)

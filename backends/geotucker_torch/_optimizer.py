@@ -1,6 +1,7 @@
 """The optimizer TDLRT: any torch optimizer as the one-step integrator of Tucker cores."""
 
 import math
+import time
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from ._guard import restored_if_it_fails
 from ._history import RankHistory
 from ._layers import TuckerModule
 from ._lifted import Extension, Lift, Waiting
+from ._peers import Peers, group_of, is_joint
 from ._point import orthonormal
 from ._rules import Rules, flops_of
 from ._scale import moving_entries, normalises, scale_step
@@ -95,11 +97,16 @@ class TDLRT(Optimizer):
     one_pass : bool
         Whether layers of this package extend their bases in their own backward pass. False: by
         two calls of a closure, as published, which gives the result of "tdlrt".
+    process_group : torch.distributed.ProcessGroup, optional
+        The processes that train this model together, each with batches of its own; by default all
+        of them, if torch.distributed is initialised. A group of one process trains alone.
 
     Raises
     ------
     TypeError, ValueError, geotucker.RankError
         For arguments that cannot be used; nothing is changed then.
+    ProcessError
+        If another process is lost.
 
     Notes
     -----
@@ -118,6 +125,11 @@ class TDLRT(Optimizer):
     *Transforms.* In training ``torch.compile`` leaves Tucker layers that an optimizer moves outside
     of its graphs, so that no change of rank compiles anything anew. Under the transforms of
     ``torch.func`` layers are ordinary functions of their parameters and extend nothing.
+
+    *Many processes.* Build it on all of them at the same time, after ``init_process_group``: all
+    take the model of the first. At the end of each backward pass gradients that
+    ``DistributedDataParallel`` does not average are averaged here, whether the model is wrapped in
+    it or not. Bases and ranks are the same on all processes after every step.
 
     *Two passes.* Tucker tensors in modules of other kinds need a closure: ``step(closure)``
     calls it twice in a step that extends the bases, at one and the same weight.
@@ -155,6 +167,7 @@ class TDLRT(Optimizer):
         basis_every: int | None = None,
         match_rms: bool = True,
         one_pass: bool = True,
+        process_group: Any = None,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
@@ -172,6 +185,7 @@ class TDLRT(Optimizer):
             raise ValueError(f"integrator: expected one of {INTEGRATORS}, got {integrator!r}")
         slots = _trained_slots(model, optimizer)
         self._rules = Rules.of(ranks, model, slots)
+        group = group_of(process_group)
         self.wrapped = optimizer
         self._model = model
         # Not Optimizer.__init__, which would make param groups and state of its own:
@@ -181,8 +195,11 @@ class TDLRT(Optimizer):
         self.basis_every = basis_every
         self.match_rms = match_rms
         self._slots = slots
-        _share_lifts(slots)
+        waiting = _share_lifts(slots)
+        self.peers = None if group is None else Peers(group, model, optimizer, slots)
         self._steps = 0
+        self._seconds: dict[str, float] = {}
+        self._ended = time.perf_counter()
         for slot in slots:
             point = slot.point
             if (same := orthonormal(point)) is not point:
@@ -195,7 +212,8 @@ class TDLRT(Optimizer):
         self.one_pass = one_pass
         self._arm()
         # Without this optimizer nobody would truncate what they extend.
-        weakref.finalize(self, _disarm, [slot.layer for slot in slots if slot.layer is not None])
+        layers = [slot.layer for slot in slots if slot.layer is not None]
+        weakref.finalize(self, _disarm, layers, waiting, self.peers)
 
     # What an optimizer is for its users: all of it belongs to the wrapped one.
 
@@ -227,6 +245,16 @@ class TDLRT(Optimizer):
         saved with the optimizer.
         """
         return self._history.by_step()
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """How long parts of the last step took on the host; empty before one.
+
+        "iteration" is the time from the end of the step before it, "step" that in `step`, "bases"
+        that in which it truncated them, and "processes" that in which the backward passes before it
+        exchanged gradients with other processes, waiting included.
+        """
+        return dict(self._seconds)
 
     @property
     def model(self) -> nn.Module:
@@ -327,6 +355,12 @@ class TDLRT(Optimizer):
         geotucker.NonFiniteError
             If a gradient or a new core is NaN or infinite.
         """
+        if self.peers is None and is_joint(group_of()):
+            raise ValueError(
+                "process_group: expected torch.distributed to be initialised before TDLRT is built "
+                "(and the optimizer not to be a copy), got it initialised afterwards"
+            )
+        began, bases = time.perf_counter(), 0.0
         slots = self._trained()
         foreign = [s for s in slots if s.layer is None or not self.one_pass]
         if closure is None and foreign and self._moves_bases:
@@ -353,15 +387,27 @@ class TDLRT(Optimizer):
             cores = [(f"{slot.name}.core after the step", slot.core) for slot in slots]
             check_finite([*largest, *largest_of(cores)])  # the only question of most steps
             if self._moves_bases:
+                bases = -time.perf_counter()
                 moves = list(map(_Move, slots, previous, before))
                 ruled = [move for move in moves if self._rules.owner(move.slot.name) is not None]
                 free = [move for move in moves if self._rules.owner(move.slot.name) is None]
                 self._write_cuts([*self._truncate(ruled), *self._follow(free, right)])
+                bases += time.perf_counter()
+                if self.peers is not None:
+                    self.peers.agree(self.state)
             self._steps += 1
             self._left = self.ranks
             self._history = self._history.after(self._steps, self._left)
             self._arm()
+        self._note_seconds(began, bases)
         return loss
+
+    def _note_seconds(self, began: float, bases: float) -> None:
+        now = time.perf_counter()
+        self._seconds = {"iteration": now - self._ended, "step": now - began, "bases": bases}
+        self._ended = now
+        if self.peers is not None:
+            self._seconds["processes"] = self.peers.taken_seconds()
 
     @property
     def _moves_bases(self) -> bool:
@@ -531,9 +577,13 @@ class TDLRT(Optimizer):
         return largest_of((name, p.grad) for p, name in parameters.items() if p.grad is not None)
 
 
-def _disarm(layers: list[TuckerModule]) -> None:
+def _disarm(layers: list[TuckerModule], waiting: Waiting, peers: Peers | None) -> None:
     for layer in layers:
-        layer.armed = layer._lift.moving = False
+        if layer.waiting is waiting:  # and not that of a later optimizer
+            layer.armed = layer._lift.moving = False
+            layer.peers = None
+    if peers is not None:
+        peers.leave()
 
 
 def _trained_slots(model: nn.Module, optimizer: Optimizer) -> list[Slot]:
@@ -547,10 +597,10 @@ def _trained_slots(model: nn.Module, optimizer: Optimizer) -> list[Slot]:
     return slots
 
 
-def _share_lifts(slots: Sequence[Slot]) -> None:
+def _share_lifts(slots: Sequence[Slot]) -> Waiting:
     """Give layers one record for each tensor: some may have been tied, or untied, by hand.
 
-    From now on their bases move.
+    From now on their bases move. Returned is what these records have in common.
     """
     taken: list[Lift] = []
     waiting: Waiting = {}
@@ -562,6 +612,7 @@ def _share_lifts(slots: Sequence[Slot]) -> None:
             lift.waiting = waiting
             for layer in slot.layers:
                 layer._lift = lift
+    return waiting
 
 
 class _Move(NamedTuple):

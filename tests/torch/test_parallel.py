@@ -1,0 +1,214 @@
+"""Many processes train as one does on the joined batch, and fail together."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from geotucker_torch import TDLRT, distribute, factorize, load_checkpoint
+from geotucker_torch._collectives import fingerprint
+
+from . import workers
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+
+# Sums are taken in another order, and Adam divides small numbers by small ones.
+TOLERANCE = 1e-9
+
+FOUR = ("momentum", "saved")  # first: what is saved is resumed on two
+TWO = (*workers.TRAININGS, *(name for name in workers.SCENARIOS if name not in workers.TRAININGS))
+JOBS = [f"4:{name}" for name in FOUR] + [f"2:{name}" for name in TWO if name != "saved"]
+
+Results = Callable[..., list[Any]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run everything that needs several processes, in one program."""
+    folder = tmp_path_factory.mktemp("workers")
+    path = [str(Path(workers.__file__).parent), *sys.path]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)}
+    program = [sys.executable, "-W", "ignore", workers.__file__, str(folder), *JOBS]
+    done = subprocess.run(
+        program, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture
+def results(folder: Path) -> Results:
+    """Return what the processes have found, each its own."""
+
+    def load(name: str, world: int = 2) -> list[Any]:
+        return [torch.load(folder / f"{name}.{world}.{rank}") for rank in range(world)]
+
+    return load
+
+
+def assert_alike(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
+    for result in found:
+        assert isinstance(result, dict), result
+        assert result["history"] == expected["history"]
+        for key in ("weights", "biases"):
+            torch.testing.assert_close(result[key], expected[key], rtol=0, atol=TOLERANCE)
+        assert result["norms"] == pytest.approx(expected["norms"], abs=TOLERANCE)
+        # Among themselves to the last bit, bases and all.
+        assert all(map(torch.equal, result["arrays"], found[0]["arrays"]))
+
+
+@pytest.mark.parametrize("name", workers.TRAININGS)
+def test_two_processes_train_as_one(name: str, results: Results) -> None:
+    expected = workers.train(0, 1, **workers.TRAININGS[name])
+    assert any(len(set(ranks.values())) > 1 for ranks in expected["history"].values())
+    assert_alike(results(name), expected)
+
+
+def test_four_processes_train_as_one(results: Results) -> None:
+    assert_alike(results("momentum", 4), workers.train(0, 1))
+
+
+def test_four_processes_save_what_two_and_one_resume(folder: Path, results: Results) -> None:
+    expected = workers.train(0, 1, kind="adam")
+    assert all(isinstance(result, dict) for result in results("saved", 4))
+    assert_alike(results("resumed"), expected)
+    assert_alike([workers.resumed(folder, 0, 1)], expected)
+
+
+def test_a_model_in_parts_is_not_saved_as_a_whole(folder: Path, results: Results) -> None:
+    for message in results("save_parts"):
+        assert "expected whole tensors, got '0.bias' in parts on several processes" in message
+    assert not (folder / "parts").exists()
+
+
+@pytest.mark.parametrize("name", ["unused_layers", "unused_layers alone"])
+def test_layers_that_some_or_all_processes_leave_out(name: str, results: Results) -> None:
+    expected = workers.unused_layers(0, 1)
+    for result in results(name):
+        assert isinstance(result, dict), result
+        torch.testing.assert_close(result["weight"], expected["weight"], rtol=0, atol=TOLERANCE)
+        for key, value in result["state"].items():
+            assert torch.equal(value, results(name)[0]["state"][key])
+
+
+def test_nan_on_one_process_stops_the_step_on_all(results: Results) -> None:
+    for result in results("broken_input"):
+        assert "expected finite numbers" in result["message"]
+        assert result["same"]
+        assert result["ranks"] == results("broken_input")[0]["ranks"]
+
+
+def test_processes_that_truncate_differently_take_what_the_first_has(results: Results) -> None:
+    assert_alike(results("other_truncation"), workers.train(0, 1, kind="adam"))
+
+
+def test_a_wrapper_that_was_not_told_is_refused(results: Results) -> None:
+    for message in results("not_told"):
+        assert "expected DistributedDataParallel to leave 0.0.core, 0.2.core, 0.5.core" in message
+
+
+def test_models_that_differ_are_refused(results: Results) -> None:
+    for message in results("other_models"):
+        assert "expected the same on all processes" in message and "on process 1" in message
+
+
+def test_groups(results: Results) -> None:
+    for result in results("other_groups"):
+        other, kind = result["messages"]
+        assert "expected a group that this process is in" in other
+        assert "expected a torch.distributed.ProcessGroup, got str" in kind
+    # A group of one trains alone, from a start of its own.
+    for rank, result in enumerate(results("other_groups")):
+        torch.manual_seed(rank)
+        expected = workers.train(0, 1)
+        torch.testing.assert_close(result["weights"], expected["weights"], rtol=0, atol=TOLERANCE)
+
+
+def test_an_optimizer_that_was_there_before_the_processes_is_refused(results: Results) -> None:
+    for message in results("late"):
+        assert "expected torch.distributed to be initialised before TDLRT is built" in message
+
+
+@pytest.mark.parametrize(
+    ("killed", "survivor", "told"),
+    [
+        ("start", 0, "start"),
+        ("forward", 0, "synchronisation"),
+        ("backward", 0, "synchronisation"),
+        ("truncation", 0, "truncation"),
+        ("checkpoint", 1, "synchronisation"),
+    ],
+)
+def test_a_killed_process_ends_the_others(
+    killed: str, survivor: int, told: str, folder: Path
+) -> None:
+    assert not (folder / f"killed in {killed}.2.{1 - survivor}").exists()
+    message = torch.load(folder / f"killed in {killed}.2.{survivor}")
+    assert message.startswith(f"ProcessError {told}: process {survivor} of 2 has lost the others")
+    if killed != "start":  # what was saved last is whole
+        assert load_checkpoint(folder / f"before {killed}", workers.network()) == {"step": 1}
+
+
+def test_means(results: Results) -> None:
+    for (everywhere, somewhere, nowhere), same, other in results("means"):
+        torch.testing.assert_close(everywhere, [torch.full((2, 2), 1.5)])
+        torch.testing.assert_close(
+            somewhere, [torch.full((3,), 0.5, dtype=torch.float64), torch.ones(0)]
+        )
+        assert nowhere is None
+        assert same and not other
+
+
+# On one process.
+
+
+@given(
+    shape=st.tuples(st.integers(1, 5), st.integers(2, 5)),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    data=st.data(),
+)
+def test_fingerprints(shape: tuple[int, int], dtype: torch.dtype, data: st.DataObject) -> None:
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    matrix = torch.randn(shape).to(dtype)
+    number = fingerprint([matrix, matrix])
+    assert number == fingerprint([matrix.clone(), matrix.t().contiguous().t()])
+    assert 0 <= number < 2**62
+    i, j = (data.draw(st.integers(0, n - 1)) for n in shape)
+    flipped = matrix.clone()
+    flipped[i, j] = -flipped[i, j]
+    for other in (flipped, matrix.roll(1, 1), matrix.t()):
+        if other.shape != matrix.shape or not torch.equal(other, matrix):
+            assert fingerprint([matrix, other]) != number
+
+
+def test_distribute_names_all_tucker_tensors() -> None:
+    inner = factorize(nn.Sequential(nn.Linear(20, 20)), 3, verbose=False)
+    names = set(inner._ddp_params_and_buffers_to_ignore)
+    assert names == {"0.core", "0.factors.0", "0.factors.1"}
+    outer: Any = nn.Sequential(inner, nn.Linear(20, 2))
+    outer._ddp_params_and_buffers_to_ignore = ["1.bias"]  # what others have asked for
+    for _ in range(2):
+        assert distribute(outer) is outer
+        names = set(outer._ddp_params_and_buffers_to_ignore)
+        assert names == {"1.bias", "0.0.core", "0.0.factors.0", "0.0.factors.1"}
+    alone: Any = factorize(nn.Linear(20, 20), 3, verbose=False)
+    assert {"core", ".core"} <= set(alone._ddp_params_and_buffers_to_ignore)
+
+
+def test_distribute_refuses_what_is_no_model() -> None:
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got int"):
+        distribute(3)  # type: ignore[type-var]
+
+
+def test_a_group_without_torch_distributed_is_refused() -> None:
+    model = workers.network()
+    with pytest.raises(ValueError, match=r"process_group: expected None without"):
+        TDLRT(workers.OPTIMIZERS["sgd"](model), model, process_group="gloo")

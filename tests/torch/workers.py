@@ -1,0 +1,450 @@
+"""Trainings on many processes: a program that tests start, and the same on one process for them.
+
+    python workers.py FOLDER WORLD:SCENARIO ...
+
+It forks processes, so that torch is imported once. What a scenario returns, or the error that it
+raises, is left for each process in a file of the folder.
+"""
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import nullcontext
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import geotucker as gt
+from geotucker_torch import (
+    TDLRT,
+    TuckerModule,
+    distribute,
+    factorize,
+    load_checkpoint,
+    save_checkpoint,
+)
+from geotucker_torch._collectives import Part, all_equal, average
+
+CPU = torch.device("cpu")
+BATCH = 8  # of all processes together
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(2, 6, 3),
+        nn.Tanh(),
+        nn.Conv2d(6, 8, 3, bias=False),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(32, 12),
+        nn.Tanh(),
+        nn.Linear(12, 3),
+    ).double()
+    ranks = {"0": (3, 2, 2, 2), "2": (4, 3, 2, 2), "5": 4}
+    return factorize(model, ranks, verbose=False)
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(BATCH, 2, 6, 6, dtype=torch.float64, generator=generator)
+    return x, torch.randint(3, (BATCH,), generator=generator)
+
+
+def shard(tensor: Tensor, rank: int, world: int) -> Tensor:
+    size = len(tensor) // world
+    return tensor[rank * size : (rank + 1) * size]
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9),
+    "adam": lambda model: torch.optim.AdamW(model.parameters(), lr=0.01),
+}
+
+
+def train(
+    rank: int,
+    world: int,
+    *,
+    wrap: bool | str = True,
+    kind: str = "sgd",
+    rule: Any = None,
+    micro: int = 1,
+    clip: float | None = None,
+    steps: int = 6,
+    start: int = 0,
+    rebuilt: bool = False,
+    load: Callable[[nn.Module, TDLRT], Any] | None = None,
+    save: Callable[[nn.Module, TDLRT], Any] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train for a few steps, on this process's share of each batch; seeds differ by process."""
+    model = network(0 if wrap == "sharded" else rank)  # parts are of one model to begin with
+    many = dist.is_initialized()
+    outer: Any = model
+    if many and wrap == "sharded":
+        shard_dense_parts(model)
+    elif many and wrap:
+        outer = DistributedDataParallel(model)
+    rule = rule or gt.Tolerance(0.2, floor=2, spare=1)
+    optimizer = TDLRT(OPTIMIZERS[kind](model), model, rule, **options)
+    if rebuilt:  # the first one leaves the second in its group
+        optimizer = TDLRT(OPTIMIZERS[kind](model), model, rule, **options)
+    if load:
+        load(model, optimizer)
+    norms = []
+
+    def backward(step: int) -> None:
+        optimizer.zero_grad()
+        for part in range(micro):
+            x, y = (shard(shard(t, part, micro), rank, world) for t in batch(step))
+            last = part == micro - 1
+            with outer.no_sync() if outer is not model and not last else nullcontext():
+                (nn.functional.cross_entropy(outer(x), y) / micro).backward()
+
+    for step in range(start, start + steps):
+        if options.get("one_pass", True):
+            backward(step)
+            if clip is not None:
+                norms.append(nn.utils.clip_grad_norm_(model.parameters(), clip).item())
+            optimizer.step()
+        else:
+            optimizer.step(partial(backward, step))
+    if save:
+        save(model, optimizer)
+    return {
+        "weights": [
+            m.dense_weight().detach() if hasattr(m, "dense_weight") else whole(m.weight)
+            for m in model
+            if hasattr(m, "bias")
+        ],
+        "biases": [whole(m.bias) for m in model if getattr(m, "bias", None) is not None],
+        "arrays": [t.detach() for i in (0, 2, 5) for t in (model[i].core, *model[i].factors)],
+        "history": optimizer.rank_history,
+        "norms": norms,
+    }
+
+
+def shard_dense_parts(model: nn.Module) -> None:
+    """Leave on each process a part of every dense tensor, and the Tucker tensors as they are."""
+    tucker = {p for m in model.modules() if isinstance(m, TuckerModule) for p in m.parameters()}
+    tucker -= {m.bias for m in model.modules() if isinstance(m, TuckerModule)}
+    fully_shard(
+        model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)), ignored_params=tucker
+    )
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+TRAININGS: dict[str, dict[str, Any]] = {
+    "momentum": {},
+    "adam": {"kind": "adam"},
+    "alone": {"wrap": False},  # nobody but TDLRT averages
+    "whole": {"integrator": "tdlrt"},
+    "accumulation": {"micro": 2, "clip": 0.5},
+    "whole accumulation": {"integrator": "tdlrt", "micro": 2},
+    "alone accumulation": {"wrap": False, "micro": 2, "kind": "adam"},
+    "sharded": {"wrap": "sharded", "kind": "adam"},
+    "two passes": {"one_pass": False},
+    "two passes alone": {"one_pass": False, "wrap": False, "kind": "adam"},
+    "rebuilt": {"rebuilt": True},
+    "seldom": {"basis_every": 3, "clip": 0.1},
+    "budget": {"rule": gt.Budget(parameters=0.35, steps=4), "kind": "adam"},
+}
+
+
+# On several processes only.
+
+
+def broken_input(folder: Path, rank: int, world: int) -> dict[str, Any]:
+    """NaN comes on one process; the same step goes well afterwards."""
+    model = network()
+    wrapped = DistributedDataParallel(model)
+    optimizer = TDLRT(OPTIMIZERS["adam"](model), model, gt.Tolerance(0.1))
+    x, y = (shard(t, rank, world) for t in batch(0))
+    before = [t.clone() for t in model.state_dict().values()]
+    nn.functional.cross_entropy(wrapped(x * torch.nan if rank == 1 else x), y).backward()
+    try:
+        optimizer.step()
+    except gt.NonFiniteError as error:
+        message = str(error)
+    same = all(map(torch.equal, before, model.state_dict().values()))
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(wrapped(x), y).backward()
+    optimizer.step()
+    return {"message": message, "same": same, "ranks": optimizer.ranks}
+
+
+def other_truncation(folder: Path, rank: int, world: int) -> dict[str, Any]:
+    """One process finds other singular vectors, and other ranks, than the first does."""
+    truncate = gt.truncate
+
+    def other(points: Any, rule: Any, facts: Any = None) -> Any:
+        if rank == 0:
+            return truncate(points, rule, facts)
+        cuts = truncate(points, gt.Fixed(3), facts)
+        return [
+            cut._replace(
+                point=gt.TuckerPoint(
+                    -cut.point.core, (-cut.point.factors[0], *cut.point.factors[1:])
+                )
+            )
+            for cut in cuts
+        ]
+
+    gt.truncate = other
+    try:
+        return train(rank, world, kind="adam")
+    finally:
+        gt.truncate = truncate
+
+
+class Sometimes(nn.Module):
+    """Uses one layer twice, and another not at all if it is told so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layers = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 12)
+        self.first, self.second, self.unused = (layer.double() for layer in layers)
+        factorize(self, 3, verbose=False)
+
+    def forward(self, x: Tensor, whole: bool) -> Tensor:
+        x = torch.tanh(self.first(torch.tanh(self.first(x))))
+        return self.second(x) if whole else x
+
+
+def unused_layers(rank: int, world: int, wrap: bool = True) -> dict[str, Any]:
+    """Train where the odd halves of a batch leave a layer out, and all of them another."""
+    model = Sometimes()
+    outer: Any = model
+    if dist.is_initialized() and wrap:
+        outer = DistributedDataParallel(model, find_unused_parameters=True)
+    optimizer = TDLRT(OPTIMIZERS["sgd"](model), model, gt.Tolerance(0.1, floor=2))
+    for step in range(4):
+        optimizer.zero_grad()
+        x = torch.randn(8, 12, generator=torch.Generator().manual_seed(step)).double()
+        halves = [rank] if world > 1 else [0, 1]
+        losses = [outer(shard(x, half, 2), half == 0).square().mean() for half in halves]
+        (sum(losses) / len(halves)).backward()
+        optimizer.step()
+    assert model.unused.core.grad is None and model.unused.ranks == (3, 3)
+    return {"state": dict(model.state_dict()), "weight": model.first.dense_weight().detach()}
+
+
+def not_told(folder: Path, rank: int, world: int) -> str:
+    """Wrap what is around a factorised model, and forget to say so, or remember."""
+    messages = []
+    for prepare in (lambda model: model, distribute):
+        body = network()
+        wrapped = DistributedDataParallel(prepare(nn.Sequential(body, nn.Linear(3, 3).double())))
+        optimizer = TDLRT(OPTIMIZERS["sgd"](wrapped), body)
+        try:
+            for _ in range(2):
+                optimizer.zero_grad()
+                wrapped(batch(0)[0]).sum().backward()
+                optimizer.step()
+        except ValueError as error:
+            messages.append(str(error))
+    (message,) = messages
+    return message
+
+
+def other_models(folder: Path, rank: int, world: int) -> str:
+    """Start with unequal models."""
+    model = nn.Sequential(*network()[: 6 - rank])
+    try:
+        TDLRT(OPTIMIZERS["sgd"](model), model)
+    except ValueError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def other_groups(folder: Path, rank: int, world: int) -> dict[str, Any]:
+    """Train apart, and ask for groups that cannot be."""
+    groups = [dist.new_group([r]) for r in range(world)]
+    messages = []
+    for group in (groups[1 - rank], "gloo"):
+        model = network()
+        try:
+            TDLRT(OPTIMIZERS["sgd"](model), model, process_group=group)
+        except (TypeError, ValueError) as error:
+            messages.append(str(error))
+    apart = train(0, 1, wrap=False, process_group=groups[rank])
+    return {"messages": messages, **apart}
+
+
+def save_parts(folder: Path, rank: int, world: int) -> str:
+    """Save a model whose dense parts are on several processes."""
+    model = network()
+    shard_dense_parts(model)
+    try:
+        save_checkpoint(folder / "parts", model)
+    except TypeError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def late(folder: Path, rank: int, world: int) -> str:
+    """Build the optimizer before the processes know of one another."""
+    model = network()
+    optimizer = TDLRT(OPTIMIZERS["sgd"](model), model)
+    join(folder, rank, world)
+    model(batch(0)[0]).sum().backward()
+    try:
+        optimizer.step()
+    except ValueError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def means(folder: Path, rank: int, world: int) -> list[Any]:
+    """Average tensors of two kinds, some of which some processes do not have."""
+    group = dist.group.WORLD
+    sent = [
+        Part(True, [torch.full((2, 2), 1.0 + rank)]),
+        Part(rank == 1, [torch.ones(3, dtype=torch.float64), torch.ones(0)]),
+        Part(False, [torch.ones(1)]),
+    ]
+    return [average(sent, group), all_equal(7, group, CPU), all_equal(rank, group, CPU)]
+
+
+def saved(folder: Path, rank: int, world: int) -> dict[str, Any]:
+    """Train half of the way; all processes save, as one file."""
+
+    def save(model: nn.Module, optimizer: TDLRT) -> None:
+        save_checkpoint(folder / "checkpoint", model, optimizer, step=3)
+
+    return train(rank, world, kind="adam", steps=3, save=save)
+
+
+def resumed(folder: Path, rank: int, world: int) -> dict[str, Any]:
+    """Go on from there, on any number of processes."""
+
+    def load(model: nn.Module, optimizer: TDLRT) -> None:
+        assert load_checkpoint(folder / "checkpoint", model, optimizer) == {"step": 3}
+
+    return train(rank, world, kind="adam", start=3, steps=3, load=load)
+
+
+# A process is killed.
+
+
+def killed_in(phase: str) -> Callable[[Path, int, int], str]:
+    """Train until a process is killed: the first one while it saves, else the last one."""
+
+    def scenario(folder: Path, rank: int, world: int) -> str:
+        model = network()
+        outer = DistributedDataParallel(model) if phase == "backward" else model
+        victim = rank == (0 if phase == "checkpoint" else world - 1)
+
+        def die(*_: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            if victim and phase == "start":
+                die()
+            optimizer = TDLRT(OPTIMIZERS["sgd"](model), model, gt.Tolerance(0.1))
+            for step in range(4):
+                optimizer.zero_grad()
+                dying = victim and step == 2
+                if dying and phase == "forward":
+                    die()
+                x, y = (shard(t, rank, world) for t in batch(step))
+                output = outer(x)
+                if dying and phase == "backward":
+                    output.register_hook(die)
+                if dying and phase == "truncation":
+                    gt.truncate = die
+                nn.functional.cross_entropy(output, y).backward()
+                optimizer.step()
+                if dying and phase == "checkpoint":
+                    os.replace = die
+                if step in (1, 2):
+                    save_checkpoint(folder / f"before {phase}", model, optimizer, step=step)
+        except gt.GeotuckerError as error:
+            return f"{type(error).__name__} {error}"
+        return "nothing was raised"
+
+    return scenario
+
+
+def join(folder: Path, rank: int, world: int) -> None:
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meeting",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=20),
+    )
+
+
+SCENARIOS: dict[str, Callable[[Path, int, int], Any]] = {
+    name: lambda folder, rank, world, options=options: train(rank, world, **options)
+    for name, options in TRAININGS.items()
+}
+SCENARIOS |= {
+    f"killed in {phase}": killed_in(phase)
+    for phase in ("start", "forward", "backward", "truncation", "checkpoint")
+}
+SCENARIOS |= {
+    f.__name__: f
+    for f in (
+        broken_input,
+        late,
+        means,
+        not_told,
+        other_groups,
+        other_models,
+        other_truncation,
+        resumed,
+        save_parts,
+        saved,
+    )
+}
+SCENARIOS["unused_layers"] = lambda folder, rank, world: unused_layers(rank, world)
+SCENARIOS["unused_layers alone"] = lambda folder, rank, world: unused_layers(rank, world, False)
+
+
+def work(folder: Path, rank: int, world: int, name: str) -> None:
+    """Run a scenario in a process of its own, and leave its result in a file."""
+    try:
+        if name != "late":
+            join(folder, rank, world)
+        result = SCENARIOS[name](folder, rank, world)
+    except BaseException:
+        result = traceback.format_exc()
+    torch.save(result, folder / f"{name}.{world}.{rank}")
+    os._exit(0)
+
+
+def main(folder: Path, jobs: list[str]) -> None:
+    torch.set_num_threads(1)
+    for job in jobs:
+        number, name = job.split(":")
+        (folder / "meeting").unlink(missing_ok=True)
+        children = []
+        for rank in range(int(number)):
+            child = os.fork()
+            if child == 0:
+                work(folder, rank, int(number), name)
+            children.append(child)
+        for child in children:
+            os.waitpid(child, 0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
