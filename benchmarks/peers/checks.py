@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed import destroy_process_group, init_process_group
@@ -16,12 +17,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 Optimize = Callable[[nn.Module, float], torch.optim.Optimizer]
 Build = Callable[[], tuple[nn.Module, torch.optim.Optimizer, Tensor, Tensor]]
-RATES = (0.01, 0.03, 0.1, 0.3, 0.5, 1.0, 3.0, 10.0)
+RATES = (0.01, 0.03, 0.1, 0.3, 0.5, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 
 def begin(*packages: str) -> None:
     """Print what is compared, and make the run repeatable."""
     torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002 - what TensorLy draws from
     torch.set_num_threads(1)
     packages = ("geotucker", "torch", "numpy", *packages)
     print(", ".join(f"{package} {version(package)}" for package in packages))
