@@ -125,3 +125,25 @@ def test_exchange_of_processes(tmp_path: Path) -> None:
     for dense, *tucker in (beyond[:3], beyond[3:6], beyond[6:]):
         for row in tucker:
             assert int(row["wire_model_bytes"]) < 0.2 * int(dense["wire_model_bytes"])
+
+
+def test_what_the_scripts_beside_others_share(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER / "peers"))
+    import checks
+
+    basis = torch.linalg.qr(torch.randn(6, 3)).Q
+    assert float(checks.departure(basis)) < 1e-5
+    assert float(checks.departure(basis, 2 * basis)) == 3  # the worst of them
+    assert checks.attempt(lambda: 1) == 1
+    assert checks.attempt(lambda: int("a\nb")).startswith("ValueError: invalid literal")
+    x = torch.randn(64, 4)
+
+    def optimize(model: nn.Module, rate: float) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), rate)
+
+    monkeypatch.setattr(checks, "RATES", (0.5, 1000.0))  # the larger diverges, and spoils nothing
+    assert float(checks.best(lambda: nn.Linear(4, 2), optimize, x, x[:, :2])) < 1e-10
+    checks.tell("bases", "1e-07")
+    assert capsys.readouterr().out == f"{'bases':<28} | 1e-07\n"

@@ -29,7 +29,10 @@ def largest_of(named: Iterable[tuple[str, Tensor]]) -> list[Largest]:
     for name, tensor in named:
         values = tensor.detach().coalesce().values() if tensor.is_sparse else tensor.detach()
         if values.numel():
-            found.append(Largest(name, torch.linalg.vector_norm(values, math.inf)))
+            magnitude = torch.linalg.vector_norm(values, math.inf)
+            # Of a tensor in parts on several processes.
+            whole = getattr(magnitude, "full_tensor", None)
+            found.append(Largest(name, magnitude if whole is None else whole()))
     return found
 
 
