@@ -5,7 +5,15 @@ The binding for neural networks in PyTorch is the package ``geotucker_torch``.
 """
 
 from . import testing
-from ._errors import BackendError, GeotuckerError, NonFiniteError, RankError, ShapeError
+from ._dynamics import Evolution, Sum, TimeStep, integrate
+from ._errors import (
+    BackendError,
+    GeotuckerError,
+    NonFiniteError,
+    RankError,
+    ShapeError,
+    StepSizeError,
+)
 from ._geometry import (
     Contractable,
     augment,
@@ -54,6 +62,7 @@ __all__ = [
     "Cost",
     "DescentSafe",
     "Euler",
+    "Evolution",
     "Facts",
     "Fixed",
     "Flow",
@@ -71,7 +80,10 @@ __all__ = [
     "Standard",
     "State",
     "StepResult",
+    "StepSizeError",
+    "Sum",
     "Tangent",
+    "TimeStep",
     "Tolerance",
     "Truncation",
     "TuckerPoint",
@@ -84,6 +96,7 @@ __all__ = [
     "hosvd",
     "inner",
     "inner_tangent",
+    "integrate",
     "minimize",
     "norm",
     "orthonormalise",

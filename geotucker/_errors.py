@@ -1,6 +1,13 @@
 """Exceptions: each kind of failure has its own type, and all share one base."""
 
-__all__ = ["BackendError", "GeotuckerError", "NonFiniteError", "RankError", "ShapeError"]
+__all__ = [
+    "BackendError",
+    "GeotuckerError",
+    "NonFiniteError",
+    "RankError",
+    "ShapeError",
+    "StepSizeError",
+]
 
 
 class GeotuckerError(Exception):
@@ -31,6 +38,10 @@ class NonFiniteError(GeotuckerError, ArithmeticError):
     It is raised before anything is changed, so that the tensor, and with the
     bindings the model and its optimizer, are as they were before the call.
     """
+
+
+class StepSizeError(GeotuckerError, ArithmeticError):
+    """An adaptive step size that has shrunk to the rounding of the time."""
 
 
 class BackendError(GeotuckerError, TypeError):
