@@ -2,7 +2,9 @@
 
 __all__ = [
     "BackendError",
+    "FileFormatError",
     "GeotuckerError",
+    "MemoryLimitError",
     "NonFiniteError",
     "RankError",
     "ShapeError",
@@ -46,3 +48,11 @@ class StepSizeError(GeotuckerError, ArithmeticError):
 
 class BackendError(GeotuckerError, TypeError):
     """Arrays of an unknown library, of mixed libraries, or of an unusable dtype."""
+
+
+class FileFormatError(GeotuckerError, ValueError):
+    """A file that does not hold what it should."""
+
+
+class MemoryLimitError(GeotuckerError, MemoryError):
+    """A tensor that cannot be worked on within the memory that was allowed."""

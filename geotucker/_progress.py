@@ -12,7 +12,7 @@ Advance: TypeAlias = Callable[[float, str], None]
 
 @contextmanager
 def bar(label: str, total: float, shown: bool) -> Iterator[Advance]:
-    """Yield a function that moves a progress bar, or does nothing.
+    """Yield a function that moves a progress bar on standard error, or does nothing.
 
     Raises
     ------
@@ -23,9 +23,10 @@ def bar(label: str, total: float, shown: bool) -> Iterator[Advance]:
         yield lambda amount, text: None
         return
     try:
-        from rich.progress import Progress  # optional: the core needs NumPy and TensorLy only
+        from rich.console import Console  # optional: the core needs NumPy and TensorLy only
+        from rich.progress import Progress
     except ImportError as error:
         raise ImportError("a progress bar needs the package rich: pip install rich") from error
-    with Progress() as progress:
+    with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task(label, total=total)
         yield lambda amount, text: progress.update(task, advance=amount, description=text)
