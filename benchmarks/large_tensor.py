@@ -5,10 +5,10 @@ Run from the root of the repository, with the extra ``command`` installed::
     python benchmarks/large_tensor.py
 
 A .npy file of 5120 x 512 x 512 float64 numbers is generated, a tensor of ranks (12, 10, 8) and
-noise of a hundredth of its norm. ``geotucker decompose`` runs on it in a process whose address space
-is limited, which no memory map of the file would fit into. Time, peak memory, ranks and errors go to
-``benchmarks/results/large_tensor.csv``; the file is deleted. Needs 10.1 GiB of disk and
-a few minutes.
+noise of a hundredth of its norm. ``geotucker decompose`` runs on it in a process whose address
+space is limited, which no memory map of the file would fit into. Time, peak memory, ranks and
+errors go to ``benchmarks/results/large_tensor.csv``; the file is deleted. Needs 12 GiB of free
+disk and a few minutes.
 """
 
 import csv

@@ -175,10 +175,10 @@ def load(path: PathLike) -> TuckerPoint:
     FileNotFoundError: ...
     """
     try:
-        parts = np.load(path, allow_pickle=False)
-        if not isinstance(parts, np.lib.npyio.NpzFile):
-            raise ValueError("one array, not several")
-        with parts:
+        with Path(path).open("rb") as file:
+            parts = np.load(file, allow_pickle=False)
+            if not isinstance(parts, np.lib.npyio.NpzFile):
+                raise ValueError("one array, not several")
             names = [f"factor_{mode}" for mode in range(len(parts.files) - 1)]
             core, factors = parts["core"], tuple(parts[name] for name in names)
     except (EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:

@@ -28,9 +28,10 @@ __all__ = ["Decomposition", "decompose_file", "reconstruct_file"]
 # what is held in the end copies it about five times.
 _PIECE, _HELD, _GRAM = 1 / 12, 1 / 8, 1 / 8
 
-_RELIABLE = (
-    1e-6  # a Gram matrix gives singular values above this, of the largest, to 1e-3 or better
-)
+# Of the largest singular value. A Gram matrix knows values above the first well enough to decide
+# on the rank. Vectors have an error of eps over the square; those above the second are good enough
+# to be projected out: what is missed of them is as small as what the next pass can see.
+_DECIDES, _KEEPS = 1e-6, 1e-3
 
 
 class Decomposition(NamedTuple):
@@ -230,15 +231,16 @@ class _Streamed:
             size = max(size, float(values[0]))
             spectrum = np.concatenate([found, values])[:n]
             rank = choose_rank(self.rule, spectrum, mode, self.shape)
-            reliable = int(np.sum(values > _RELIABLE * values[0]))
+            decided = len(found) + int(np.sum(values > _DECIDES * values[0]))
             nothing_left = values[0] <= n * _ops.eps(values) * size
-            last = nothing_left or rank <= len(found) + reliable
-            count = max(rank - len(found), 0) if last else reliable
+            last = nothing_left or rank <= decided
+            kept = int(np.sum(values > _KEEPS * values[0]))
+            count = max(rank - len(found), 0) if last else kept
             basis, _ = extend(basis, vectors[:, ::-1][:, :count])
             if last:
                 leading: Floats = basis[:, :rank]
                 return leading
-            found = spectrum[: len(found) + reliable]
+            found = spectrum[: len(found) + count]
 
     def _gram(self, mode: int, basis: Floats) -> Floats:
         """Return the Gram matrix of a mode of the tensor without what `basis` holds."""
@@ -252,8 +254,8 @@ class _Streamed:
             gram += unfolded @ unfolded.T
         if not np.isfinite(gram).all() or 0.0 < largest < 1e-140:
             raise NonFiniteError(
-                f"{self.file.path}: the largest entry is {largest:.1e}, and squares leave the range "
-                "of float64; scale the tensor"
+                f"{self.file.path}: the largest entry is {largest:.1e}, and its square leaves the "
+                "range of float64; scale the tensor"
             )
         return gram
 
