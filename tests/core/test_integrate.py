@@ -77,6 +77,26 @@ def test_a_path_of_fixed_ranks_is_reproduced(backend, data, order):
     assert all(r <= s for r, s in zip(result.point.ranks, case.ranks, strict=True))
 
 
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("mode", [0, 1, 2])
+def test_paths_in_modes_larger_than_the_bases_of_a_step(order, mode):
+    """At order 2 the second derivative points out of the bases of the first stage."""
+    core, factors = gt.testing.random_point(SHAPE, (1, 1, 1), seed=1)
+    others = [gt.testing.random_point(SHAPE, (1, 1, 1), seed=s).factors[mode] for s in (2, 3)]
+
+    def at(t, derivative=False):
+        powers = (0.0, 1.0, 2.0 * t) if derivative else (1.0, t, t**2)
+        terms = zip(powers[: order + 1], (factors[mode], *others), strict=False)
+        moving = sum(power * u for power, u in terms)
+        return gt.TuckerPoint(core, (*factors[:mode], moving, *factors[mode + 1 :]))
+
+    result = gt.integrate(
+        lambda t, y: at(t, derivative=True), at(0.0), (0.0, 1.0), order=order, step=1.0
+    )
+    assert_close(gt.to_dense(result.point), gt.to_dense(at(1.0)), 1e-13)
+    assert result.history[0].defect < 1e-7
+
+
 @any_shape
 @given(data=st.data())
 @pytest.mark.parametrize("order", [1, 2])
@@ -298,7 +318,17 @@ def test_ranks_grow_and_shrink():
         return gt.Sum([*decays, gt.scale(source, 50.0 if t < 0.2 else 0.0)])
 
     start = gt.hosvd(np.ones((n, n, n)), 1)
-    result = gt.integrate(field, start, (0.0, 3.0), tolerance=1e-2)
+    seen = []
+    result = gt.integrate(
+        field,
+        start,
+        (0.0, 3.0),
+        tolerance=1e-2,
+        callback=lambda y, record: seen.append((y, record)),
+    )
+    for point, record in seen:  # the tolerance is spent once
+        assert record.truncation <= 1.01e-2 * record.length / 3.0 * gt.norm(point)
+    assert max(record.truncation for record in result.history) > 0.0
     most = max(max(record.ranks) for record in result.history)
     assert 4 <= most <= 6
     assert result.point.ranks == (1, 1, 1)
