@@ -79,20 +79,26 @@ class _Control(NamedTuple):
     Order 2 bounds the error of Euler's method, which the midpoint rule corrects, per step; order
     1 bounds its own error per unit of time. Either way the error at the end is in proportion to
     the tolerance.
+
+    Where the ranks may grow, the defect counts too: it is large when new directions appear, for as
+    long as a step cannot take them in, and the steps are to be short until then.
     """
 
     tolerance: float
     order: int
     duration: float
+    growing: bool  # whether the ranks follow the tolerance
 
     def ratio(self, attempt: Attempt, point: TuckerPoint, length: float) -> float:
         """Return the estimated error over the allowed one."""
-        if attempt.error == 0.0:
-            return 0.0
-        scale = max(_ops.norm(point.core), _ops.norm(attempt.end.core))
         share = length / self.duration if self.order == 1 else 1.0
-        allowed = self.tolerance * scale * share
-        return attempt.error / allowed if allowed > 0.0 else math.inf
+        error = attempt.error / share
+        if self.growing and attempt.defect > 0.0:  # not if it is nan
+            error = max(error, length * attempt.defect)
+        if error == 0.0:
+            return 0.0
+        allowed = self.tolerance * max(_ops.norm(point.core), _ops.norm(attempt.end.core))
+        return error / allowed if allowed > 0.0 else math.inf
 
     def factor(self, ratio: float) -> float:
         """Return by what to multiply the length of the step."""
@@ -187,7 +193,9 @@ def integrate(
     point = orthonormalise(start)
     _check_pace(step, tolerance, _ops.eps(point.core))
     duration = abs(end - begin)
-    control = None if tolerance is None else _Control(float(tolerance), order, duration)
+    control = (
+        None if tolerance is None else _Control(float(tolerance), order, duration, ranks is None)
+    )
     if control is None and step is not None:
         step = duration / math.ceil(duration / step * (1 - 1e-12))
     rule = as_rule(point.ranks if ranks is None else ranks)

@@ -326,8 +326,13 @@ def test_ranks_grow_and_shrink():
         tolerance=1e-2,
         callback=lambda *pair: seen.append(pair),
     )
-    for point, record in seen:  # the tolerance is spent once
-        assert record.truncation <= 1.01e-2 * record.length / 3.0 * gt.norm(point)
+    size = gt.norm(start)
+    for point, record in seen:
+        before, size = size, gt.norm(point)
+        # The tolerance is spent once, and steps are short until the bases hold what is new.
+        assert record.truncation <= 1.01e-2 * record.length / 3.0 * size
+        assert record.length * record.defect <= 1.01e-2 * max(before, size)
+    assert max(record.defect for record in result.history) > 1.0
     assert max(record.truncation for record in result.history) > 0.0
     most = max(max(record.ranks) for record in result.history)
     assert 4 <= most <= 6
