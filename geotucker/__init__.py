@@ -5,7 +5,18 @@ The binding for neural networks in PyTorch is the package ``geotucker_torch``.
 """
 
 from . import testing
-from ._errors import BackendError, GeotuckerError, NonFiniteError, RankError, ShapeError
+from ._dynamics import Evolution, Sum, TimeStep, integrate
+from ._errors import (
+    BackendError,
+    FileFormatError,
+    GeotuckerError,
+    MemoryLimitError,
+    NonFiniteError,
+    RankError,
+    ShapeError,
+    StepSizeError,
+)
+from ._files import load, save
 from ._geometry import (
     Contractable,
     augment,
@@ -42,6 +53,7 @@ from ._ranks import (
     Tolerance,
     as_rule,
 )
+from ._streaming import Decomposition, decompose_file, reconstruct_file
 from ._tensor import TuckerPoint, TuckerTangent, add, as_point, inner, norm, scale, to_dense
 from ._version import __version__
 
@@ -52,14 +64,18 @@ __all__ = [
     "Contractable",
     "CoreScheme",
     "Cost",
+    "Decomposition",
     "DescentSafe",
     "Euler",
+    "Evolution",
     "Facts",
+    "FileFormatError",
     "Fixed",
     "Flow",
     "GeotuckerError",
     "HeavyBall",
     "Integrator",
+    "MemoryLimitError",
     "ModeRule",
     "NonFiniteError",
     "RankError",
@@ -71,7 +87,10 @@ __all__ = [
     "Standard",
     "State",
     "StepResult",
+    "StepSizeError",
+    "Sum",
     "Tangent",
+    "TimeStep",
     "Tolerance",
     "Truncation",
     "TuckerPoint",
@@ -81,15 +100,20 @@ __all__ = [
     "as_point",
     "as_rule",
     "augment",
+    "decompose_file",
     "hosvd",
     "inner",
     "inner_tangent",
+    "integrate",
+    "load",
     "minimize",
     "norm",
     "orthonormalise",
     "project",
+    "reconstruct_file",
     "retract",
     "round",
+    "save",
     "scale",
     "spectrum",
     "st_hosvd",

@@ -64,7 +64,7 @@ def _import_typer() -> ModuleType:
     try:
         import typer
     except ModuleNotFoundError as error:
-        _fail(f"the command line needs {error.name}: pip install 'geotucker[train]'")
+        _fail(f"the command line needs {error.name}: pip install 'geotucker[command]'")
     return typer
 
 
@@ -75,7 +75,7 @@ def _application(typer: ModuleType, points: Iterable[EntryPoint]) -> Any:
 
     @app.callback()  # type: ignore[untyped-decorator]
     def geotucker(version: Annotated[bool, version_option] = False) -> None:
-        """Train networks and fit tensors in Tucker format."""
+        """Train networks, decompose and fit tensors in Tucker format."""
 
     for point in points:
         try:
@@ -93,7 +93,9 @@ def _application(typer: ModuleType, points: Iterable[EntryPoint]) -> Any:
 def _register_missing(app: Any, point: EntryPoint, error: ModuleNotFoundError) -> None:
     """Register a sub-command that says which package it lacks, and how to install it."""
     package = point.dist.name if point.dist else "geotucker"
-    remedy = f"needs {error.name}: pip install '{package}[{point.name}]'"
+    extras = point.dist.metadata.get_all("Provides-Extra", []) if point.dist else [point.name]
+    extra = point.name if point.name in extras else "command"
+    remedy = f"needs {error.name}: pip install '{package}[{extra}]'"
 
     def missing() -> None:
         _fail(f"{point.name} {remedy}")

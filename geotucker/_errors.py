@@ -1,6 +1,15 @@
 """Exceptions: each kind of failure has its own type, and all share one base."""
 
-__all__ = ["BackendError", "GeotuckerError", "NonFiniteError", "RankError", "ShapeError"]
+__all__ = [
+    "BackendError",
+    "FileFormatError",
+    "GeotuckerError",
+    "MemoryLimitError",
+    "NonFiniteError",
+    "RankError",
+    "ShapeError",
+    "StepSizeError",
+]
 
 
 class GeotuckerError(Exception):
@@ -33,5 +42,17 @@ class NonFiniteError(GeotuckerError, ArithmeticError):
     """
 
 
+class StepSizeError(GeotuckerError, ArithmeticError):
+    """An adaptive step size that has shrunk to the rounding of the time."""
+
+
 class BackendError(GeotuckerError, TypeError):
     """Arrays of an unknown library, of mixed libraries, or of an unusable dtype."""
+
+
+class FileFormatError(GeotuckerError, ValueError):
+    """A file that does not hold what it should."""
+
+
+class MemoryLimitError(GeotuckerError, MemoryError):
+    """A tensor that cannot be worked on within the memory that was allowed."""

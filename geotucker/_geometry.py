@@ -56,7 +56,7 @@ def contract(gradient: Gradient, factors: Sequence[Array], skip: int | None = No
     """Return ``Z x_{j != skip} U_j^T``, the gradient seen through the bases."""
     if isinstance(gradient, Contractable):
         return _checked(gradient.contract(factors, skip), factors, skip)
-    if _is_pair(gradient):
+    if is_pair(gradient):
         core, own = pair_of(gradient)
         maps = [
             v if mode == skip else u.T @ v
@@ -79,26 +79,27 @@ def _checked(contraction: Array, factors: Sequence[Array], skip: int | None) -> 
     return contraction
 
 
-def check_gradient(gradient: Gradient, point: TuckerPoint) -> None:
+def check_gradient(gradient: Gradient, point: TuckerPoint, name: str = "gradient") -> None:
     """Raise an error unless the gradient fits the tensor and is finite.
 
     A `Contractable` is checked contraction by contraction.
     """
     if isinstance(gradient, Contractable):
         return
-    if _is_pair(gradient):
-        got = as_point(gradient, "gradient")
-        check_like(got.core, point.core, "gradient.core")
+    if is_pair(gradient):
+        got = as_point(gradient, name)
+        check_like(got.core, point.core, f"{name}.core")
         shape = got.shape
     else:
-        check_like(gradient, point.core, "gradient")
-        check_finite(gradient, "gradient")
+        check_like(gradient, point.core, name)
+        check_finite(gradient, name)
         shape = _ops.shape(gradient)
     if shape != point.shape:
-        raise ShapeError(f"gradient: expected the shape {point.shape} of the tensor, got {shape}")
+        raise ShapeError(f"{name}: expected the shape {point.shape} of the tensor, got {shape}")
 
 
-def _is_pair(gradient: Gradient) -> bool:
+def is_pair(gradient: Gradient) -> bool:
+    """Tell whether an ambient tensor is given as ``(core, factors)``."""
     return not hasattr(gradient, "dtype") and hasattr(gradient, "__len__") and len(gradient) == 2
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from . import _ops
 from ._errors import RankError, ShapeError
 from ._ops import Array
-from ._ranks import Facts, ModeRule, RankRule, Ranks, Spectrum, as_rule, choose, tail_norms
+from ._ranks import Facts, ModeRule, RankRule, Ranks, Spectrum, Values, as_rule, choose, tail_norms
 from ._tensor import TuckerPoint, as_point, check_finite, check_floating, pair_of
 
 __all__ = [
@@ -119,8 +119,9 @@ def _decompose_all(
     ]
 
 
-def _values(s: Sequence[float]) -> "np.ndarray[Any, np.dtype[Any]]":
-    return np.asarray(s, np.float64)
+def _values(s: Sequence[float]) -> Values:
+    values: Values = np.asarray(s, np.float64)
+    return values
 
 
 def spectrum(point: Any) -> Spectrum:
@@ -270,7 +271,7 @@ def _cut(
         _ops.eye(rank, like=u) if rank == _ops.shape(u)[0] else u[:, :rank]
         for u, rank in zip(vectors, ranks, strict=True)
     ]
-    core, rotations = _drop_infeasible(_turn(point.core, leading), leading)
+    core, rotations = drop_infeasible(_turn(point.core, leading), leading)
     tails = [tail_norms(s)[rank] for s, rank in zip(spectrum.values, ranks, strict=True)]
     return _turned(point, core, rotations, math.hypot(*tails))
 
@@ -296,7 +297,7 @@ def _is_square(matrix: Array) -> bool:
     return rows == columns
 
 
-def _drop_infeasible(core: Array, rotations: Sequence[Array]) -> tuple[Array, tuple[Array, ...]]:
+def drop_infeasible(core: Array, rotations: Sequence[Array]) -> tuple[Array, tuple[Array, ...]]:
     """Make ``r_i <= prod_{j != i} r_j`` hold; nothing is lost, such a mode has null columns."""
     rotations = list(rotations)
     mode = 0
@@ -376,7 +377,7 @@ def hosvd(tensor: Array, ranks: Any) -> TuckerPoint:
     (chosen,) = choose(as_rule(ranks), [spectrum])
     leading = [u[:, :rank] for u, rank in zip(vectors, chosen, strict=True)]
     core = _ops.multi_mode_product(tensor, leading, transpose=True)
-    return TuckerPoint(*_drop_infeasible(core, leading))
+    return TuckerPoint(*drop_infeasible(core, leading))
 
 
 def st_hosvd(tensor: Array, ranks: Any) -> TuckerPoint:
@@ -413,25 +414,48 @@ def st_hosvd(tensor: Array, ranks: Any) -> TuckerPoint:
     (2, 2, 2)
     """
     _check_tensor(tensor)
+    rule = as_mode_rule(ranks, "st_hosvd")
+    core, factors = tensor, []
+    for mode in range(len(_ops.shape(tensor))):
+        core, factor, _ = cut_mode(core, mode, rule, _ops.shape(tensor))
+        factors.append(factor)
+    return TuckerPoint(*drop_infeasible(core, factors))
+
+
+def cut_mode(
+    core: Array, mode: int, rule: ModeRule, shape: tuple[int, ...]
+) -> tuple[Array, Array, float]:
+    """Truncate one mode of a tensor; return the smaller tensor, the basis and the tail.
+
+    `shape` is that of the whole tensor, of which other modes may be cut already.
+    """
+    u, s = _ops.svd(_ops.unfold(core, mode))
+    values = _values(s.tolist())
+    rank = choose_rank(rule, values, mode, shape)
+    basis = u[:, :rank]
+    tail = float(tail_norms(values)[rank])
+    return _ops.mode_product(core, basis, mode, transpose=True), basis, tail
+
+
+def choose_rank(rule: ModeRule, values: Values, mode: int, shape: tuple[int, ...]) -> int:
+    """Ask a rule for the rank of one mode, and check the answer."""
+    rank = rule.mode_rank(values, mode, shape)
+    if not 1 <= rank <= len(values):
+        raise RankError(
+            f"ranks: expected from 1 to {len(values)} for mode {mode} of a tensor of shape "
+            f"{shape}, got {rank} from {rule}"
+        )
+    return rank
+
+
+def as_mode_rule(ranks: Any, caller: str) -> ModeRule:
+    """Return a rule that decides mode by mode, or raise RankError."""
     rule = as_rule(ranks)
     if not isinstance(rule, ModeRule):
         raise RankError(
-            f"ranks: st_hosvd needs a rule that decides mode by mode, got {rule}; use hosvd"
+            f"ranks: {caller} needs a rule that decides mode by mode, got {rule}; use hosvd"
         )
-    shape = _ops.shape(tensor)
-    core, factors = tensor, []
-    for mode in range(len(shape)):
-        u, s = _ops.svd(_ops.unfold(core, mode))
-        values = _values(s.tolist())
-        rank = rule.mode_rank(values, mode, shape)
-        if not 1 <= rank <= len(values):
-            raise RankError(
-                f"ranks: expected from 1 to {len(values)} for mode {mode} of a tensor of shape "
-                f"{shape}, got {rank} from {rule}"
-            )
-        factors.append(u[:, :rank])
-        core = _ops.mode_product(core, factors[-1], mode, transpose=True)
-    return TuckerPoint(*_drop_infeasible(core, factors))
+    return rule
 
 
 def _check_tensor(tensor: Array) -> None:

@@ -147,3 +147,33 @@ def test_what_the_scripts_beside_others_share(
     assert float(checks.best(lambda: nn.Linear(4, 2), optimize, x, x[:, :2])) < 1e-10
     checks.tell("bases", "1e-07")
     assert capsys.readouterr().out == f"{'bases':<28} | 1e-07\n"
+
+
+def test_differential_equations(tmp_path: Path) -> None:
+    import pde
+
+    pde.main(tmp_path, quick=True)
+    with (tmp_path / "pde.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    slopes = {(row["problem"], row["order"]): float(row["slope"]) for row in rows if row["slope"]}
+    assert slopes["heat", "1"] == pytest.approx(1, abs=0.1)
+    assert slopes["heat", "2"] == pytest.approx(2, abs=0.1)
+    assert slopes["schroedinger", "2"] == pytest.approx(2, abs=0.1)
+    for row in rows:
+        if row["tolerance"]:
+            assert float(row["relative_error"]) <= 2 * float(row["tolerance"])
+    with (tmp_path / "pde_ranks.csv").open() as file:
+        assert {row["problem"] for row in csv.DictReader(file)} == {"heat", "schroedinger"}
+
+
+def test_a_large_tensor(tmp_path: Path) -> None:
+    script, path = FOLDER / "large_tensor.py", tmp_path / "large.csv"
+    options = ["--rows", "32", "--memory", "40M", "--folder", str(tmp_path), "--out", str(path)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, str(script), *options]
+    subprocess.run(command, check=True, env=environment, timeout=200, stdout=subprocess.DEVNULL)
+    with path.open() as file:
+        (row,) = csv.DictReader(file)
+    assert row["ranks"] == "12x10x8"
+    assert float(row["distance_from_truth"]) < 1e-3
+    assert list(tmp_path.iterdir()) == [path]

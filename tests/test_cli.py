@@ -70,7 +70,7 @@ def test_missing_typer_is_one_clear_line(
     monkeypatch.setitem(sys.modules, "typer", None)
     code, out, err = run(capsys, "train")
     assert (code, out) == (2, "")
-    assert err == "geotucker: the command line needs typer: pip install 'geotucker[train]'\n"
+    assert err == "geotucker: the command line needs typer: pip install 'geotucker[command]'\n"
 
 
 def test_version_needs_nothing(

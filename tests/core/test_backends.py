@@ -57,6 +57,8 @@ def everything(case):
         "transport": gt.transport(point, tangent, other),
         "augment": gt.augment(point, tangent.factors),
     }
+    field = gt.Sum([z, other])
+    results["integrate"] = gt.integrate(lambda t, y: field, point, (0, 0.1), step=0.1).point
     for integrator in INTEGRATORS:
         result = step(integrator, point, objective, point.ranks)
         results[f"{integrator}"] = (result.point, result.state.moments)
