@@ -23,6 +23,7 @@ from ._tensor import (
     as_point,
     check_finite,
     check_like,
+    check_real,
     labels,
     pad,
     pair_of,
@@ -208,6 +209,7 @@ def augment(point: TuckerPoint, directions: Sequence[Array]) -> TuckerPoint:
     ((2, 2), True)
     """
     point = pair_of(point)
+    check_real((point.core, directions), "directions")
     for mode, direction in enumerate(directions):
         check_finite(direction, f"directions[{mode}]")
     core, factors = point.core, []
@@ -329,6 +331,8 @@ def inner_tangent(a: TuckerTangent, b: TuckerTangent) -> float:
     >>> round(gt.inner_tangent(tangent, tangent), 6)
     12.0
     """
+    check_real(a, "a")
+    check_real(b, "b")
     parts = zip(a.factors, b.factors, strict=True)
     return _ops.vdot(a.core, b.core) + sum(_ops.vdot(ka, kb) for ka, kb in parts)
 
@@ -362,6 +366,7 @@ def tangent_to_point(point: Any, tangent: TuckerTangent) -> TuckerPoint:
     True
     """
     point = pair_of(point)
+    check_real(tangent, "tangent")
     blocks = [fold_right(q, mode, point.ranks) for mode, q in enumerate(right_bases(point.core))]
     pairs = zip(point.factors, tangent.factors, strict=True)
     return TuckerPoint(
@@ -414,6 +419,7 @@ def retract(point: Any, tangent: TuckerTangent, ranks: Any = None) -> TuckerPoin
     True
     """
     point = as_point(point)
+    check_real(tangent, "tangent")
     for label, array in zip(
         labels(point, "tangent"), (tangent.core, *tangent.factors), strict=True
     ):

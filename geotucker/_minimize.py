@@ -11,7 +11,7 @@ from ._hosvd import orthonormalise
 from ._integrators import Integrator, Report, State
 from ._integrators._base import Evaluate
 from ._ranks import as_rule
-from ._tensor import TuckerPoint, as_point
+from ._tensor import TuckerPoint, as_point, real_number
 
 __all__ = ["Result", "minimize", "when_flat"]
 
@@ -130,7 +130,8 @@ def minimize(
             if stop is not None and stop(history):
                 stopped = "stop"
                 break
-    loss = float((objective if hasattr(objective, "at") else evaluate)(point)[0])
+    whole = objective if hasattr(objective, "at") else evaluate
+    loss = real_number(whole(point)[0], "loss")
     try:
         _check_loss(loss)
     except NonFiniteError as error:

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from .. import _geometry as geometry
 from .. import _ops
-from .._hosvd import truncate
+from .._hosvd import Truncation, truncate
 from .._linesearch import backtrack
 from .._ranks import Facts, RankRule, in_force
-from .._tensor import TuckerPoint, TuckerTangent, check_finite, pair_of
+from .._tensor import TuckerPoint, TuckerTangent, check_finite, pair_of, real_number
 from ._base import Evaluate, Report, State, StepResult
 
 __all__ = ["ConjugateGradient"]
@@ -106,7 +106,7 @@ class ConjugateGradient:
         """
         point = pair_of(point)
         loss, gradient = evaluate(point)
-        loss = float(loss)
+        loss = real_number(loss, "loss")
         tangent = geometry.project(point, gradient)
         norm = geometry.norm_tangent(tangent)
         direction = self._direction(tangent, state.moments)
@@ -115,43 +115,31 @@ class ConjugateGradient:
         along = geometry.tangent_core(point, wide, direction)
         rule = in_force(ranks, state.step)
 
-        def at(length: float) -> tuple[float, TuckerPoint]:
+        def at(length: float) -> tuple[float, Truncation]:
             core = wide.core + length * along
             check_finite(core, "core after the step")
             facts = Facts(point.ranks, -length * slope / norm)
-            end = truncate([TuckerPoint(core, wide.factors)], rule, [facts])[0]
-            bounds[length] = end.error_bound
-            return float(evaluate(end.point)[0]), end.point
+            (cut,) = truncate([TuckerPoint(core, wide.factors)], rule, [facts])
+            return real_number(evaluate(cut.point)[0], "loss"), cut
 
-        bounds: dict[float, float] = {}
-        length, end, count = 0.0, None, 0
+        length, cut, count = 0.0, None, 0
         if slope < 0.0:
-            curvature = getattr(gradient, "curvature", None)
-            if curvature is not None:
-                bend = float(curvature(TuckerPoint(along, wide.factors)))
-            else:
+            bend = _curvature(gradient, TuckerPoint(along, wide.factors))
+            if bend is None:
                 bend = _secant(tangent, direction, state.moments)
-            first = self.first * (_ops.norm(point.core) / norm or 1.0)
-            if bend > 0.0:
-                first = -slope / bend
-            length, end, count = backtrack(
-                at,
-                loss,
-                slope,
-                first,
-                decrease=self.decrease,
-                trials=self.trials,
-                noise=8 * _ops.eps(point.core) * abs(loss),
+            guess = self.first * (_ops.norm(point.core) / norm or 1.0)
+            first = -slope / bend if bend > 0.0 else guess
+            noise = 8 * _ops.eps(point.core) * abs(loss)
+            length, cut, count = backtrack(
+                at, loss, slope, first, decrease=self.decrease, trials=self.trials, noise=noise
             )
-        if end is None:
+        if cut is None:  # the next step forgets the past
             report = Report(loss, norm, point.ranks, 0.0, 1 + count)
             return StepResult(point, State(state.step + 1, ()), report)
-        report = Report(loss, norm, end.ranks, bounds[length], 1 + count)
-        moments: tuple[TuckerTangent, ...] = ()
-        if self.conjugate or not hasattr(gradient, "curvature"):
-            moved = (_combined(length, direction), tangent)
-            moments = tuple(geometry.transport(point, vector, end) for vector in moved)
-        return StepResult(end, State(state.step + 1, moments), report)
+        report = Report(loss, norm, cut.point.ranks, cut.error_bound, 1 + count)
+        past = (_combined(length, direction), tangent)
+        moments = tuple(geometry.transport(point, vector, cut.point) for vector in past)
+        return StepResult(cut.point, State(state.step + 1, moments), report)
 
     def _direction(self, tangent: TuckerTangent, moments: Sequence[TuckerTangent]) -> TuckerTangent:
         """Return the direction of search."""
@@ -166,6 +154,12 @@ class ConjugateGradient:
             return steepest
         direction = _combined(-1.0, tangent, beta, last)
         return direction if geometry.inner_tangent(tangent, direction) < 0.0 else steepest
+
+
+def _curvature(gradient: geometry.Gradient, direction: TuckerPoint) -> float | None:
+    """Return ``L''(xi, xi)``, if the gradient knows it."""
+    known = getattr(gradient, "curvature", None)
+    return None if known is None else real_number(known(direction), "curvature")
 
 
 def _secant(

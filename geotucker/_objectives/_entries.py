@@ -2,8 +2,8 @@
 
 Everything is computed slice by slice. The entries of slice i of a mode need one matrix product,
 ``G_i = sum_k e_k (u_k (x) v_k) = (diag(e) U)^T V`` with the rows u_k, v_k of the other factors, and
-so do the predictions, ``p_k = u_k T_i v_k^T``. That is all of the arithmetic: what sparse formats do
-with scattered additions is here done by products of small dense matrices, in all libraries.
+so do the predictions, ``p_k = u_k T_i v_k^T``. What sparse formats do with scattered additions is
+here done by products of small dense matrices, in all libraries.
 
 Slices differ in their numbers of entries. They are cut into blocks of the mean number, the last one
 of each filled up, so that blocks stack: less than twice the entries in all.
@@ -21,7 +21,7 @@ from .._errors import BackendError, ShapeError
 from .._ops import Array
 from .._tensor import TuckerPoint, check_floating
 from ._fit import Fit
-from ._losses import EntryLoss, Squared
+from ._losses import SQUARED, EntryLoss
 
 __all__ = ["Entries", "completion"]
 
@@ -91,7 +91,7 @@ class Entries:
         If there is not one array for each mode, they differ in length or are empty, or an index
         is outside of the shape.
     BackendError
-        If an array does not hold integers.
+        If an array does not hold integers, or `like` is not real floating.
 
     Examples
     --------
@@ -110,6 +110,7 @@ class Entries:
 
     def __post_init__(self) -> None:
         """Check the indices and sort the entries."""
+        check_floating(self.like, "like")
         hosts = _checked(self.indices, self.shape)
         rows = tuple(_ops.index_like(np.append(host, 0), self.like) for host in hosts)
         blocks = tuple(_blocks(host, self.like) for host in hosts)
@@ -203,7 +204,7 @@ def completion(
     indices: Sequence[Any],
     values: Array,
     shape: Sequence[int],
-    loss: EntryLoss | None = None,
+    loss: EntryLoss = SQUARED,
     ridge: float = 0.0,
 ) -> Fit:
     """Return the objective of tensor completion, ``sum_k l(W[i_k], y_k)`` over observed entries.
@@ -219,8 +220,8 @@ def completion(
         The entries, of the library, dtype and device that are to compute.
     shape : sequence of int
         Shape (n_1, ..., n_d) of the tensor.
-    loss : EntryLoss, optional
-        By default `Squared`; `Logistic` for zeros and ones, `Poisson` for counts.
+    loss : EntryLoss
+        `Squared`; `Logistic` for zeros and ones, `Poisson` for counts.
     ridge : float
         Weight of ``||W||^2 / 2``.
 
@@ -245,7 +246,7 @@ def completion(
     """
     check_floating(values, "values")
     entries = Entries(indices, tuple(int(n) for n in shape), values)
-    return Fit(entries, values, Squared() if loss is None else loss, ridge)
+    return Fit(entries, values, loss, ridge)
 
 
 def _checked(indices: Sequence[Any], shape: tuple[int, ...]) -> tuple[Host, ...]:
@@ -255,7 +256,7 @@ def _checked(indices: Sequence[Any], shape: tuple[int, ...]) -> tuple[Host, ...]
             f"indices: expected one array for each of the {len(shape)} modes of shape {shape}, "
             f"got {len(indices)}"
         )
-    hosts = []
+    hosts: list[Host] = []
     for mode, rows in enumerate(indices):
         host = _ops.to_numpy(rows) if hasattr(rows, "dtype") else np.asarray(rows)
         if host.dtype.kind not in "iu":

@@ -1,6 +1,6 @@
 """What all explicit objectives are: a linear map of the tensor, data, and a loss between them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -13,7 +13,7 @@ from .._hosvd import orthonormalise
 from .._ops import Array
 from .._ranks import Fixed, as_rule
 from .._tensor import TuckerPoint, as_fitting, check_finite, check_floating, check_like
-from ._losses import EntryLoss, Squared
+from ._losses import SQUARED, EntryLoss
 
 __all__ = ["Batches", "Fit", "LinearMap"]
 
@@ -110,7 +110,7 @@ class Fit:
 
     map: LinearMap
     observed: Array = field(repr=False)
-    loss: EntryLoss = Squared()
+    loss: EntryLoss = SQUARED
     ridge: float = 0.0
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ from .._errors import ShapeError
 from .._ops import Array
 from .._tensor import TuckerPoint, check_floating
 from ._fit import Fit
-from ._losses import EntryLoss, Squared
+from ._losses import SQUARED, EntryLoss
 
 __all__ = ["Full", "least_squares"]
 
@@ -47,15 +47,15 @@ class Full:
         )
 
 
-def least_squares(tensor: Array, loss: EntryLoss | None = None, ridge: float = 0.0) -> Fit:
+def least_squares(tensor: Array, loss: EntryLoss = SQUARED, ridge: float = 0.0) -> Fit:
     """Return the objective ``||W - T||^2 / 2`` for a dense tensor T, or another loss of entries.
 
     Parameters
     ----------
     tensor : array, shape (n_1, ..., n_d)
         Real floating array of any backend, order at least 1.
-    loss : EntryLoss, optional
-        By default `Squared`.
+    loss : EntryLoss
+        Of each entry.
     ridge : float
         Weight of ``||W||^2 / 2``.
 
@@ -81,4 +81,4 @@ def least_squares(tensor: Array, loss: EntryLoss | None = None, ridge: float = 0
     check_floating(tensor, "tensor")
     if not _ops.shape(tensor):
         raise ShapeError("tensor: expected order at least 1, got a scalar")
-    return Fit(Full(_ops.shape(tensor)), tensor, Squared() if loss is None else loss, ridge)
+    return Fit(Full(_ops.shape(tensor)), tensor, loss, ridge)

@@ -6,7 +6,7 @@ from typing import Protocol
 from .. import _ops
 from .._ops import Array
 
-__all__ = ["EntryLoss", "Logistic", "Poisson", "Squared"]
+__all__ = ["SQUARED", "EntryLoss", "Logistic", "Poisson", "Squared"]
 
 
 class EntryLoss(Protocol):
@@ -57,6 +57,9 @@ class Squared:
     def curvature(self, predicted: Array) -> float:
         """Return one."""
         return 1.0
+
+
+SQUARED = Squared()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from .._errors import ShapeError
 from .._ops import Array
 from .._tensor import TuckerPoint, check_finite, check_floating, check_like
 from ._fit import Fit
-from ._losses import EntryLoss, Squared
+from ._losses import SQUARED, EntryLoss
 
 __all__ = ["Samples", "regression"]
 
@@ -108,9 +108,7 @@ def _behind(
     return tensor
 
 
-def regression(
-    inputs: Array, outputs: Array, loss: EntryLoss | None = None, ridge: float = 0.0
-) -> Fit:
+def regression(inputs: Array, outputs: Array, loss: EntryLoss = SQUARED, ridge: float = 0.0) -> Fit:
     """Return the objective of Tucker regression, ``sum_k l(<X_k, W>, Y_k)``.
 
     Parameters
@@ -120,8 +118,8 @@ def regression(
     outputs : array, shape (m,) or (m, q_1, ..., q_b)
         The Y_k: numbers, vectors or tensors. The tensor of coefficients W has the shape
         ``(p_1, ..., p_a, q_1, ..., q_b)``.
-    loss : EntryLoss, optional
-        By default `Squared`; `Logistic` for zeros and ones, `Poisson` for counts.
+    loss : EntryLoss
+        `Squared`; `Logistic` for zeros and ones, `Poisson` for counts.
     ridge : float
         Weight of ``||W||^2 / 2``.
 
@@ -153,4 +151,4 @@ def regression(
             f"outputs: expected one for each of {(_ops.shape(inputs) or (0,))[0]} inputs, "
             f"got shape {got}"
         )
-    return Fit(Samples(inputs, got[1:]), outputs, Squared() if loss is None else loss, ridge)
+    return Fit(Samples(inputs, got[1:]), outputs, loss, ridge)
