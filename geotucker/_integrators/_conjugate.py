@@ -65,7 +65,7 @@ class ConjugateGradient:
     conjugate: bool = True
     first: float = 1.0
     decrease: float = 1e-4
-    trials: int = 25
+    trials: int = 12
 
     def __post_init__(self) -> None:
         """Check the settings."""
