@@ -150,22 +150,27 @@ class Fit:
         ambient = self.map.adjoint(self.loss.slope(predicted, self.observed))
         return loss, _Slope(self, point, predicted, ambient)
 
-    def start(self, ranks: Any, sweeps: int = 2, seed: int = 0) -> TuckerPoint:
+    def start(self, ranks: Any, sweeps: int = 1, seed: int = 0) -> TuckerPoint:
         """Return a point to start from: one steepest step from zero in Tucker format.
 
-        The direction is the best Tucker tensor near ``-grad L(0)`` that a few sweeps of
-        higher-order orthogonal iteration find, from random bases. (For completion this is the
-        decomposition of the observed entries with zeros elsewhere.) The step goes to the
-        minimum along it of the loss's second-order model, and is halved until the loss falls.
+        The direction is the Tucker tensor near ``-grad L(0)`` that higher-order orthogonal
+        iteration finds in a few sweeps. (For completion this decomposes the observed entries
+        with zeros elsewhere.) The step goes to the minimum along it of the loss's second-order
+        model, and is halved until the loss falls.
+
+        The iteration begins with bases that hold the constant vector, the rest random, so that
+        at rank one its first sweep gives the sums over slices. More sweeps approach the leading
+        singular vectors. Where few entries are known these follow single large ones, and descent
+        from there ends in a bad local minimum.
 
         Parameters
         ----------
         ranks : int, float or tuple of int
             As for `Fixed`.
         sweeps : int
-            Each costs a contraction per mode.
+            Each costs a contraction per mode; none keeps the bases that the iteration begins with.
         seed : int
-            Of the random bases.
+            Of the random vectors.
 
         Returns
         -------
@@ -184,7 +189,7 @@ class Fit:
         if not isinstance(rule, Fixed):
             raise ValueError(f"ranks: expected numbers for a start, got {rule}")
         loss, gradient = self(self._zero())
-        point = _hooi(gradient, self._random_bases(rule.for_shape(self.shape), seed), sweeps)
+        point = _hooi(gradient, self._bases(rule.for_shape(self.shape), seed), sweeps)
         descent = _ops.norm(point.core) ** 2
         if descent == 0.0:
             return point
@@ -201,11 +206,12 @@ class Fit:
         units = tuple(_ops.like(np.eye(n, 1), self.observed) for n in self.shape)
         return TuckerPoint(core, units)
 
-    def _random_bases(self, ranks: Sequence[int], seed: int) -> list[Array]:
+    def _bases(self, ranks: Sequence[int], seed: int) -> list[Array]:
         rng = np.random.default_rng(seed)
-        pairs = zip(self.shape, ranks, strict=True)
-        drawn = [np.linalg.qr(rng.standard_normal((n, r)))[0] for n, r in pairs]
-        return [_ops.like(u, self.observed) for u in drawn]
+        columns = [np.ones((n, 1)) for n in self.shape]
+        drawn = [rng.standard_normal((n, r - 1)) for n, r in zip(self.shape, ranks, strict=True)]
+        pairs = zip(columns, drawn, strict=True)
+        return [_ops.like(np.linalg.qr(np.hstack(pair))[0], self.observed) for pair in pairs]
 
     def batches(self, size: int, seed: int = 0) -> "Batches":
         """Return this objective in random batches of observations, one for each step.

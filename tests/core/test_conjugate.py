@@ -139,7 +139,7 @@ def test_batches_of_entries_converge():
         fit.batches(200),
         fit.start(2),
         integrator=gt.Tangent(2.0),
-        steps=400,
+        steps=200,
         callback=lambda point, report: seen.append(report.loss),
     )
     assert_close(gt.to_dense(result.point), truth, 1e-3)
@@ -177,12 +177,12 @@ def test_losses_of_counts_and_signs_are_minimised(name):
         "poisson": rng.poisson(np.exp(logits)).astype(float),
     }[name]
     loss = {"logistic": gt.Logistic(), "poisson": gt.Poisson()}[name]
-    fit = gt.least_squares(draw, loss, ridge=0.1)
-    stop = gt.when_flat(gradient_norm=1e-6)
+    fit = gt.least_squares(draw, loss, ridge=0.5)
+    stop = gt.when_flat(gradient_norm=1e-5)
     result = gt.minimize(fit, fit.start(2), integrator=CG, steps=300, stop=stop)
     assert result.stopped == "stop"
     assert result.loss < fit(gt.hosvd(logits, 2))[0]
-    assert np.corrcoef(gt.to_dense(result.point).ravel(), logits.ravel())[0, 1] > 0.3
+    assert np.corrcoef(gt.to_dense(result.point).ravel(), logits.ravel())[0, 1] > 0.4
 
 
 def test_at_a_minimum_nothing_moves():

@@ -282,8 +282,8 @@ def test_a_batch_is_its_share_of_the_whole():
     point = gt.testing.random_point((5, 3, 4), (2, 2, 3), seed=1)
     whole = gt.completion(np.nonzero(np.ones((5, 3, 4))), gt.to_dense(truth).ravel(), (5, 3, 4))
     batches = whole.batches(20)
-    losses = [batches.at(k)(point)[0] for k in range(2000)]
-    assert np.mean(losses) == pytest.approx(whole(point)[0] / 3, rel=0.05)
+    losses = [batches.at(k)(point)[0] for k in range(500)]
+    assert np.mean(losses) == pytest.approx(whole(point)[0] / 3, rel=0.1)
 
 
 # Errors.
