@@ -170,14 +170,15 @@ def test_growing_is_checked():
 @pytest.mark.parametrize("name", ["logistic", "poisson"])
 def test_losses_of_counts_and_signs_are_minimised(name):
     case = Case(NUMPY, "float64", (8, 7, 6), (2, 2, 2), 0)
-    logits = 3.0 * case.dense(case.point(1)) / np.abs(case.dense(case.point(1))).max()
+    logits = case.dense(case.point(1))
+    logits *= {"logistic": 20.0, "poisson": 3.0}[name] / np.abs(logits).max()
     rng = np.random.default_rng(0)
     draw = {
         "logistic": 1.0 * (rng.random(logits.shape) < 1 / (1 + np.exp(-logits))),
         "poisson": rng.poisson(np.exp(logits)).astype(float),
     }[name]
     loss = {"logistic": gt.Logistic(), "poisson": gt.Poisson()}[name]
-    fit = gt.least_squares(draw, loss, ridge=0.5)
+    fit = gt.least_squares(draw, loss, ridge=0.1)
     stop = gt.when_flat(gradient_norm=1e-5)
     result = gt.minimize(fit, fit.start(2), integrator=CG, steps=300, stop=stop)
     assert result.stopped == "stop"
