@@ -238,9 +238,10 @@ def completion(
     --------
     >>> import numpy as np, geotucker as gt
     >>> truth = gt.to_dense(gt.testing.random_point((20, 20, 20), (2, 2, 2)))
-    >>> known = np.nonzero(np.random.default_rng(0).random(truth.shape) < 0.2)
+    >>> known = np.nonzero(np.random.default_rng(0).random(truth.shape) < 0.4)
     >>> objective = gt.completion(known, truth[known], truth.shape)
-    >>> result = gt.minimize(objective, objective.start(2), integrator=gt.ConjugateGradient())
+    >>> result = gt.minimize(objective, objective.start(1), ranks=gt.Growing(2, every=5),
+    ...                      integrator=gt.ConjugateGradient())
     >>> bool(np.linalg.norm(gt.to_dense(result.point) - truth) < 1e-6 * np.linalg.norm(truth))
     True
     """
