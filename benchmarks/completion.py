@@ -13,15 +13,15 @@ not spoil; wall time stands beside it), or early where it stands still; a step t
 finished. Data are divided by the root mean square of the observed entries. The table is written to
 ``benchmarks/results/completion.csv``. About six minutes on an idle core.
 
-What came out: on Kinetic and Indian Pines geotucker has lower errors than all peers at every share,
-in growing ranks on Kinetic and at 1 % of Indian Pines, in fixed ones at 5 and 10 % of Indian Pines,
-where growth had not reached its end in the time given (3 s a candidate). TensorLy's Tucker takes far
-longer than that for its first three iterations there. The goal, lower than every peer on each tensor,
-is missed on the two others. On IL2 it is
-lowest at 10 %; at 5 % it ends at 0.70 where one constant term reaches 0.47, because entries to choose
-by are few (24) and growth overfits at once; at 1 % (48 entries) no method predicts anything. On COVID-19
-serology all are within 0.02 of the best of each share (but for pymanopt at 5 %, tucker-riemopt at 1 %),
-TensorLy's CP 0.002 to 0.011 ahead of geotucker at 5 and 10 %.
+What came out: on Kinetic and Indian Pines geotucker has lower errors than all peers at every
+share, in growing ranks on Kinetic and at 1 % of Indian Pines, in fixed ones at 5 and 10 % of
+Indian Pines, where growth had not reached its end in the time given (3 s a candidate). TensorLy's
+Tucker takes far longer than that for its first three iterations there. The goal, lower than every
+peer on each tensor, is missed on the two others. On IL2 it is lowest at 10 %; at 5 % it ends at
+0.70 where one constant term reaches 0.47, because entries to choose by are few (24) and growth
+overfits at once; at 1 % (48 entries) no method predicts anything. On COVID-19 serology all are
+within 0.02 of the best of each share (but for pymanopt at 5 %, tucker-riemopt at 1 %), TensorLy's
+CP 0.002 to 0.011 ahead of geotucker at 5 and 10 %.
 
 - geotucker: conjugate gradients in growing ranks, from rank one.
 - geotucker, fixed: the same in fixed ranks, from `Fit.start`.
