@@ -21,7 +21,11 @@ peer on each tensor, is missed on the two others. On IL2 it is lowest at 10 %; a
 0.70 where one constant term reaches 0.47, because entries to choose by are few (24) and growth
 overfits at once; at 1 % (48 entries) no method predicts anything. On COVID-19 serology all are
 within 0.02 of the best of each share (but for pymanopt at 5 %, tucker-riemopt at 1 %), TensorLy's
-CP 0.002 to 0.011 ahead of geotucker at 5 and 10 %.
+CP 0.002 to 0.011 ahead of geotucker at 5 and 10 %. Two cautions: `Fit.start`, where geotucker
+begins, got its form with the errors on these tensors in view, and geotucker stands here in two
+variants, the peers in one each. The rows of pymanopt are of a second run, in which it is stopped
+for standing still after 40 iterations, as the others, and no longer after 40 evaluations; the
+machine was idler then.
 
 - geotucker: conjugate gradients in growing ranks, from rank one.
 - geotucker, fixed: the same in fixed ranks, from `Fit.start`.
@@ -172,13 +176,14 @@ def by_pymanopt(split: Split, ranks: tuple[int, ...], best: Best) -> None:
     @pymanopt.function.numpy(manifold)
     def cost(*arrays):  # type: ignore[no-untyped-def]
         dense = gt.to_dense((arrays[0], arrays[1:]))
-        best.look(dense)
         return 0.5 * np.sum((split.fitted * (dense - split.tensor)) ** 2)
 
     @pymanopt.function.numpy(manifold)
     def gradient(*arrays):  # type: ignore[no-untyped-def]
         core, *factors = arrays
-        z = split.fitted * (gt.to_dense((core, factors)) - split.tensor)
+        dense = gt.to_dense((core, factors))
+        best.look(dense)  # once an iteration, not for each length that the line search tries
+        z = split.fitted * (dense - split.tensor)
         parts = [tl.tenalg.multi_mode_dot(z, factors, transpose=True)]
         for mode, factor in enumerate(factors):
             partial = tl.tenalg.multi_mode_dot(z, factors, skip=mode, transpose=True)
