@@ -18,8 +18,8 @@ share, in growing ranks on Kinetic and at 1 % of Indian Pines, in fixed ones at 
 Indian Pines, where growth had not reached its end in the time given (3 s a candidate). TensorLy's
 Tucker takes far longer than that for its first three iterations there. The goal, lower than every
 peer on each tensor, is missed on the two others. On IL2 it is lowest at 10 %; at 5 % it ends at
-0.70 where one constant term reaches 0.47, because entries to choose by are few (24) and growth
-overfits at once; at 1 % (48 entries) no method predicts anything. On COVID-19 serology all are
+0.70 in growing ranks and 0.48 in fixed ones, the peers at 0.47 to 0.48 (ranks are chosen by 24
+entries there); at 1 % (48 entries) no method predicts anything. On COVID-19 serology all are
 within 0.02 of the best of each share (but for pymanopt at 5 %, tucker-riemopt at 1 %), TensorLy's
 CP 0.002 to 0.011 ahead of geotucker at 5 and 10 %. Two cautions: `Fit.start`, where geotucker
 begins, got its form with the errors on these tensors in view, and geotucker stands here in two
