@@ -23,6 +23,7 @@ from ._tensor import (
     as_point,
     check_finite,
     check_like,
+    check_real,
     labels,
     pad,
     pair_of,
@@ -217,7 +218,9 @@ def augment(point: TuckerPoint, directions: Sequence[Array]) -> TuckerPoint:
     >>> wide.ranks, np.allclose(gt.to_dense(wide), 1.0)
     ((2, 2), True)
     """
-    (wide,) = augment_all([pair_of(point)], [directions])
+    point = pair_of(point)
+    check_real((point.core, directions), "directions")
+    (wide,) = augment_all([point], [directions])
     if wide is None:
         for mode, direction in enumerate(directions):
             check_finite(direction, f"directions[{mode}]")
@@ -385,6 +388,8 @@ def inner_tangent(a: TuckerTangent, b: TuckerTangent) -> float:
     >>> round(gt.inner_tangent(tangent, tangent), 6)
     12.0
     """
+    check_real(a, "a")
+    check_real(b, "b")
     parts = zip(a.factors, b.factors, strict=True)
     return _ops.vdot(a.core, b.core) + sum(_ops.vdot(ka, kb) for ka, kb in parts)
 
@@ -418,6 +423,7 @@ def tangent_to_point(point: Any, tangent: TuckerTangent) -> TuckerPoint:
     True
     """
     point = pair_of(point)
+    check_real(tangent, "tangent")
     blocks = [fold_right(q, mode, point.ranks) for mode, q in enumerate(right_bases(point.core))]
     pairs = zip(point.factors, tangent.factors, strict=True)
     return TuckerPoint(
@@ -470,6 +476,7 @@ def retract(point: Any, tangent: TuckerTangent, ranks: Any = None) -> TuckerPoin
     True
     """
     point = as_point(point)
+    check_real(tangent, "tangent")
     for label, array in zip(
         labels(point, "tangent"), (tangent.core, *tangent.factors), strict=True
     ):

@@ -10,7 +10,7 @@ from . import _ops
 from ._errors import RankError, ShapeError
 from ._ops import Array
 from ._ranks import Facts, ModeRule, RankRule, Ranks, Spectrum, Values, as_rule, choose, tail_norms
-from ._tensor import TuckerPoint, as_point, check_finite, check_floating, pair_of
+from ._tensor import TuckerPoint, as_point, check_finite, check_floating, check_real, pair_of
 
 __all__ = [
     "Truncation",
@@ -54,6 +54,7 @@ class Truncation(NamedTuple):
         >>> np.allclose(cut.turn(point.core), cut.point.core)
         True
         """
+        check_real((tensor, ()), "tensor")
         return _turn(tensor, self.rotations, skip)
 
 

@@ -6,11 +6,12 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
 from ._errors import NonFiniteError
+from ._geometry import Gradient
 from ._hosvd import orthonormalise
 from ._integrators import Integrator, Report, State
 from ._integrators._base import Evaluate
 from ._ranks import as_rule
-from ._tensor import TuckerPoint, as_point
+from ._tensor import TuckerPoint, as_point, real_number
 
 __all__ = ["Result", "minimize", "when_flat"]
 
@@ -62,6 +63,8 @@ def minimize(
         From a point ``(core, factors)`` to ``(loss, Z)``, where Z is the gradient of L with
         respect to the full tensor: a dense array of its shape, a Tucker tensor
         ``(core, factors)``, or an object with a method ``contract(factors, skip)``.
+        `least_squares`, `completion`, `regression` and `Autodiff` make such. Of an objective with
+        a method ``at(step)``, such as `Batches`, each step sees what that returns for it.
     start : pair
         Any ``(core, factors)`` of one of TensorLy's backends; it is orthonormalised.
     integrator : Integrator
@@ -111,11 +114,12 @@ def minimize(
     rule = as_rule(point.ranks if ranks is None else ranks)
     state = integrator.init(point) if state is None else state
     history: History = []
-    stopped = "steps"
+    stopped, evaluate = "steps", _Once(objective)
     with _bar(range(steps), progress, history) as numbers:
         for number in numbers:
             try:
-                point, state, report = integrator.step(point, objective, state, rule)
+                evaluate = _once(objective, state.step, evaluate)
+                point, state, report = integrator.step(point, evaluate, state, rule)
                 _check_loss(report.loss)
             except NonFiniteError as error:
                 raise NonFiniteError(f"step {number}: {error}") from error
@@ -126,7 +130,8 @@ def minimize(
             if stop is not None and stop(history):
                 stopped = "stop"
                 break
-    loss = float(objective(point)[0])
+    whole = objective if hasattr(objective, "at") else evaluate
+    loss = real_number(whole(point)[0], "loss")
     try:
         _check_loss(loss)
     except NonFiniteError as error:
@@ -174,6 +179,28 @@ def when_flat(
         return max(losses) - min(losses) <= relative_change * abs(last.loss)
 
     return stop
+
+
+class _Once:
+    """An objective that is not asked twice in a row for one point.
+
+    The end of a line search is where the next step starts.
+    """
+
+    def __init__(self, objective: Evaluate) -> None:
+        self.objective = objective
+        self.last: tuple[TuckerPoint, tuple[float, Gradient]] | None = None
+
+    def __call__(self, point: TuckerPoint) -> tuple[float, Gradient]:
+        if self.last is None or self.last[0] is not point:
+            self.last = (point, self.objective(point))
+        return self.last[1]
+
+
+def _once(objective: Evaluate, step: int, previous: _Once) -> _Once:
+    """Return the objective in force at a step."""
+    at: Callable[[int], Evaluate] | None = getattr(objective, "at", None)
+    return previous if at is None else _Once(at(step))
 
 
 def _check_loss(loss: float) -> None:

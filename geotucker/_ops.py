@@ -20,6 +20,7 @@ from ._errors import BackendError
 
 __all__ = [
     "Array",
+    "add_rows",
     "backend_name",
     "batched",
     "component",
@@ -27,9 +28,11 @@ __all__ = [
     "diagonal",
     "dtype_name",
     "eps",
+    "exp",
     "eye",
     "floats",
     "fold",
+    "index_like",
     "is_real_floating",
     "itemsize",
     "largest",
@@ -44,13 +47,19 @@ __all__ = [
     "qr",
     "reshape",
     "shape",
+    "sigmoid",
     "sign",
+    "softplus",
+    "sum_last",
     "svd",
     "svd_both",
+    "take",
     "tensordot",
     "to_numpy",
+    "total",
     "transpose",
     "unfold",
+    "value_and_gradient",
     "vdot",
     "zeros",
 ]
@@ -191,6 +200,97 @@ def like(values: Any, reference: Array) -> Array:
     context = backend.context(reference)
     context.pop("requires_grad", None)
     return backend.tensor(np.asarray(values), **context)
+
+
+def index_like(numbers: "np.ndarray[Any, np.dtype[Any]]", reference: Array) -> Array:
+    """Return host integers as an index array for arrays like `reference`."""
+    backend = _backend(reference)
+    device = {"device": reference.device} if backend_name(reference) == "pytorch" else {}
+    return backend.tensor(numbers, dtype=None, **device)
+
+
+def take(array: Array, index: Array) -> Array:
+    """Return the slices ``array[index]`` of the first axis, in the shape of `index`."""
+    if backend_name(array) == "pytorch":
+        return array[index]
+    return array.take(index, axis=0)  # NumPy's array[index] takes ten times as long
+
+
+def add_rows(rows: Array, owners: Array, size: int) -> Array:
+    """Return a matrix of `size` rows, each the sum of the `rows` that it owns.
+
+    The owners ascend. (TensorLy has no scatter-add; each library has one of its own.)
+    """
+    name = backend_name(rows)
+    result = zeros((size, shape(rows)[1]), like=rows)
+    if name == "pytorch":
+        return result.index_add(0, owners, rows)
+    if name == "jax":
+        return result.at[owners].add(rows)
+    if name == "cupy":
+        sys.modules["cupy"].add.at(result, owners, rows)
+        return result
+    present, starts = np.unique(owners, return_index=True)
+    result[present] = np.add.reduceat(rows, starts, axis=0)
+    return result
+
+
+def exp(array: Array) -> Array:
+    """Entry-wise exponential; infinite, without a warning, where it overflows."""
+    with np.errstate(over="ignore"):
+        return _backend(array).exp(array)
+
+
+def softplus(array: Array) -> Array:
+    """Entry-wise ``log(1 + exp(x))``, without overflow."""
+    backend = _backend(array)
+    size = backend.abs(array)
+    return 0.5 * (array + size) + backend.log(1.0 + backend.exp(-size))
+
+
+def sigmoid(array: Array) -> Array:
+    """Entry-wise ``1 / (1 + exp(-x))``, without overflow."""
+    return 0.5 + 0.5 * _backend(array).tanh(0.5 * array)
+
+
+def sum_last(array: Array) -> Array:
+    """Sum over the last axis."""
+    return _backend(array).sum(array, axis=-1)
+
+
+def total(array: Array) -> float:
+    """Return the sum of all entries."""
+    return float(_backend(array).sum(array).item())
+
+
+def value_and_gradient(function: Callable[[Array], Array], array: Array) -> tuple[float, Array]:
+    """Return a scalar function's value and gradient by the automatic differentiation at hand.
+
+    Raises
+    ------
+    BackendError
+        If the library of `array` has none.
+    """
+    name = backend_name(array)
+    if name == "pytorch":
+        torch = sys.modules["torch"]
+        with torch.enable_grad():
+            leaf = array.detach().requires_grad_(True)
+            value = function(leaf)
+            if not (torch.is_tensor(value) and value.requires_grad):
+                raise BackendError(
+                    "function: expected a scalar that PyTorch computed from the tensor, got "
+                    f"{type(value).__name__} without a graph; was it detached or rounded?"
+                )
+            (gradient,) = torch.autograd.grad(value, leaf)
+        return float(value.detach()), gradient
+    if name == "jax":
+        value, gradient = sys.modules["jax"].value_and_grad(function)(array)
+        return float(value), gradient
+    raise BackendError(
+        f"automatic differentiation: expected arrays of PyTorch or JAX, got {name}; convert the "
+        "start, or give the gradient yourself"
+    )
 
 
 def max_abs(array: Array, axis: int | None = None) -> Array:

@@ -226,9 +226,30 @@ def to_dense(point: Any) -> Array:
 
 
 def pair_of(point: Any) -> TuckerPoint:
-    """Unpack any pair without the checks of `as_point` (for inner loops)."""
+    """Unpack any pair, checking its dtypes only and not as `as_point` does (for inner loops)."""
     core, factors = point
+    check_real(point)
+    if isinstance(point, TuckerPoint) and isinstance(factors, tuple):
+        return point  # the very object: objectives may know it again
     return TuckerPoint(core, tuple(factors))
+
+
+def check_real(pair: Any, name: str = "point") -> None:
+    """Raise BackendError unless all arrays of a point or tangent vector are real floating."""
+    core, factors = pair
+    for array in (core, *factors):
+        if not _ops.is_real_floating(array):
+            check_floating(array, name)
+
+
+def real_number(value: Any, name: str) -> float:
+    """Return a Python float; complex numbers, which some libraries would cut, are refused."""
+    kind = _ops.dtype_name(value) if hasattr(value, "dtype") else type(value).__name__
+    if "complex" in kind:
+        raise BackendError(
+            f"{name}: expected a real number, got {kind} (complex tensors are not supported)"
+        )
+    return float(value)
 
 
 def inner(a: Any, b: Any) -> float:
@@ -279,6 +300,8 @@ def scale(point: Any, number: float) -> TuckerPoint:
 
     Raises
     ------
+    BackendError
+        If the number is complex.
     NonFiniteError
         If the product is not finite.
 
@@ -290,7 +313,7 @@ def scale(point: Any, number: float) -> TuckerPoint:
     """
     point = as_point(point)
     # float(): NumPy's own float64 scalars would turn a float32 core into a float64 one.
-    core = point.core * float(number)
+    core = point.core * real_number(number, "number")
     check_finite(core, "number * core")
     return TuckerPoint(core, point.factors)
 

@@ -13,7 +13,7 @@ from . import _ops
 from ._errors import RankError
 from ._geometry import contract
 from ._hosvd import orthonormalise
-from ._tensor import TuckerPoint, as_point, feasible
+from ._tensor import TuckerPoint, as_point, feasible, real_number
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -136,12 +136,13 @@ def gradient_slope(
     noise = rng.standard_normal(point.ranks)
     direction = _ops.like(noise, point.core)
     loss, gradient = objective(point)
+    loss = real_number(loss, "loss")
     slope = _ops.vdot(contract(gradient, point.factors), direction)
     errors = []
     for t in lengths:
         moved = TuckerPoint(point.core + t * direction, point.factors)
-        errors.append(abs(float(objective(moved)[0]) - float(loss) - t * slope))
-    if max(errors) <= 1e-14 * max(abs(float(loss)), 1e-300):
+        errors.append(abs(float(objective(moved)[0]) - loss - t * slope))
+    if max(errors) <= 1e-14 * max(abs(loss), 1e-300):
         return math.inf
     logs = np.log(np.maximum(errors, 1e-300))
     return float(np.polyfit(np.log(lengths), logs, 1)[0])

@@ -6,7 +6,7 @@ from .. import _geometry as geometry
 from .. import _ops
 from .._ops import Array
 from .._ranks import RankRule
-from .._tensor import TuckerPoint, check_finite, pair_of
+from .._tensor import TuckerPoint, check_finite, pair_of, real_number
 from ._base import Evaluate, OneStep, State, StepResult, finish, widen
 
 __all__ = ["Standard"]
@@ -87,7 +87,7 @@ class Standard(OneStep):
         else:
             wide, moments = _rebase(point, ends, state)
         core_gradient = geometry.contract(evaluate(wide)[1], wide.factors)
-        measured = (float(loss), norm, point.order + 1)
+        measured = (real_number(loss, "loss"), norm, point.order + 1)
         fixed = replace(self, lr=rate)  # a schedule is asked once a step
         return finish(fixed, wide, core_gradient, moments, state, ranks, point.ranks, measured)
 

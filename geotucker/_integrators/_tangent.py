@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from .. import _geometry as geometry
 from .._ranks import RankRule
-from .._tensor import TuckerPoint, pair_of
+from .._tensor import TuckerPoint, pair_of, real_number
 from ._base import Evaluate, OneStep, State, StepResult, finish, widen
 
 __all__ = ["Tangent"]
@@ -68,5 +68,5 @@ class Tangent(OneStep):
         wide, moments = widen(point, tangent.factors, state)
         wide_gradient = geometry.tangent_core(point, wide, tangent)
         norm = geometry.norm_tangent(tangent)
-        measured = (float(loss), norm, 1)
+        measured = (real_number(loss, "loss"), norm, 1)
         return finish(self, wide, wide_gradient, moments, state, ranks, point.ranks, measured)

@@ -19,7 +19,7 @@ from ._base import (
 )
 from ._budget import Budget
 from ._descent import DescentSafe
-from ._modes import Fixed, Tolerance, as_rule
+from ._modes import Fixed, Growing, Tolerance, as_rule
 
 __all__ = [
     "Budget",
@@ -27,6 +27,7 @@ __all__ = [
     "DescentSafe",
     "Facts",
     "Fixed",
+    "Growing",
     "ModeRule",
     "RankRule",
     "Ranks",

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from ._base import (
     tail_norms,
 )
 
-__all__ = ["Fixed", "Tolerance", "as_rule"]
+__all__ = ["Fixed", "Growing", "Tolerance", "as_rule"]
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,71 @@ class Fixed(ModeRule):
             size = math.prod(ranks) + sum(n * r for n, r in zip(shape, ranks, strict=True))
             low, high = (cap, high) if size <= budget else (low, cap - 1)
         return feasible([low] * len(shape), shape)
+
+    def mode_rank(
+        self, values: Values, mode: int, shape: Sequence[int], previous: int | None = None
+    ) -> int:
+        """Return the mode's rank, or the number of singular values if that is less."""
+        return min(self.for_shape(shape)[mode], len(values))
+
+
+@dataclass(frozen=True)
+class Growing(ModeRule):
+    """Ranks that grow from a common start by one every few steps, up to given ones.
+
+    Each step of an integrator offers up to twice the ranks, of which the leading directions are
+    kept, so that the dominant parts of a tensor are found first. Where few entries are known this
+    guards against fitting them by chance.
+
+    Parameters
+    ----------
+    ranks : int, float or tuple of int
+        Where growth ends, as for `Fixed`.
+    every : int
+        Steps between two increments.
+    start : int
+        Rank of every mode in the first step.
+    step : int, optional
+        In force is what this step allows; by default the end. Integrators and `minimize` ask
+        for ``rule.at(step)``.
+
+    Raises
+    ------
+    RankError
+        If a value is out of its range.
+
+    Examples
+    --------
+    >>> import geotucker as gt
+    >>> rule = gt.Growing((6, 4, 2), every=10)
+    >>> [rule.at(step).for_shape((9, 9, 9)) for step in (0, 25, 1000)]
+    [(1, 1, 1), (3, 3, 2), (6, 4, 2)]
+    """
+
+    ranks: int | float | tuple[int, ...]
+    every: int = 10
+    start: int = 1
+    step: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        Fixed(self.ranks)
+        if not is_count(self.every):
+            raise RankError(f"every: expected a positive integer, got {self.every}")
+        if not is_count(self.start):
+            raise RankError(f"start: expected a positive integer, got {self.start}")
+
+    def at(self, step: int) -> "Growing":
+        """Return the rule in force at a step, from 0."""
+        return replace(self, step=step)
+
+    def for_shape(self, shape: Sequence[int]) -> Ranks:
+        """Return the feasible ranks for a tensor of this shape."""
+        ends = Fixed(self.ranks).for_shape(shape)
+        if self.step is None:
+            return ends
+        cap = self.start + self.step // self.every
+        return feasible([min(rank, cap) for rank in ends], shape)
 
     def mode_rank(
         self, values: Values, mode: int, shape: Sequence[int], previous: int | None = None
