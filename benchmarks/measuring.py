@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import geotucker as gt
+from geotucker_torch import _lift, _optimizer
 
 _LINEAR_ALGEBRA = ("linalg_qr", "geqrf", "orgqr", "householder", "svd", "eigh", "eigvalsh",
                    "cholesky", "triangular")  # fmt: skip
@@ -85,7 +86,7 @@ def shares(timed: Timed) -> Shares:
 
 @contextmanager
 def _marked() -> Iterator[None]:
-    """Name in profiles the two functions of the core by which bases are moved."""
+    """Name in profiles the functions of the core by which bases are moved."""
 
     def mark(function: Callable[..., Any]) -> Callable[..., Any]:
         def marked(*args: Any, **kwargs: Any) -> Any:
@@ -97,6 +98,8 @@ def _marked() -> Iterator[None]:
     with (
         patch.object(gt, "augment", mark(gt.augment)),
         patch.object(gt, "truncate", mark(gt.truncate)),
+        patch.object(_lift, "augment_all", mark(_lift.augment_all)),
+        patch.object(_optimizer, "follow", mark(_optimizer.follow)),
     ):
         yield
 

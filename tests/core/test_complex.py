@@ -68,6 +68,10 @@ CALLS = {
     "completion": lambda make: entries(np.ones(2))(make(REAL)),
     "regression": lambda make: gt.regression(SAMPLES, np.ones(2))(make(REAL)),
     "autodiff": lambda make: gt.Autodiff(gt.to_dense)(make(REAL)),
+    "save": lambda make: gt.save("nowhere.npz", make(REAL)),
+    "reconstruct_file": lambda make: gt.reconstruct_file(make(REAL), "nowhere.npy"),
+    "integrate": lambda make: gt.integrate(lambda t, y: REAL, make(REAL), (0, 1), step=0.5),
+    "integrate, field": lambda make: gt.integrate(lambda t, y: make(REAL), REAL, (0, 1), step=0.5),
     "check_orthonormal": lambda make: gt.testing.check_orthonormal(make(REAL)),
     "gradient_slope": lambda make: gt.testing.gradient_slope(FIT, make(REAL)),
 } | {
@@ -84,6 +88,7 @@ ARRAYS = {
     "project": lambda: gt.project(REAL, DENSE + 0j),
     "scale": lambda: gt.scale(REAL, 1j),
     "turn": lambda: gt.truncate([REAL], gt.Fixed(1))[0].turn(REAL.core + 0j),
+    "integrate": lambda: gt.integrate(lambda t, y: DENSE + 0j, REAL, (0, 1), step=0.5),
     "least_squares": lambda: gt.least_squares(DENSE + 0j),
     "completion": lambda: entries(np.ones(2) + 0j),
     "Fit": lambda: gt.Fit(gt.Full((5, 4, 3)), DENSE + 0j),
@@ -134,7 +139,16 @@ def test_no_function_of_arrays_was_forgotten():
         for name in gt.__all__
         if callable(getattr(gt, name)) and not isinstance(getattr(gt, name), type)
     }
-    assert functions - covered == {"as_rule", "when_flat"}  # these take no arrays
+    # These take no arrays; files of complex ones are refused in test_streaming.py.
+    others = {"as_rule", "when_flat", "decompose_file", "load"}
+    assert functions - covered == others
+
+
+def test_files_of_complex_points_are_refused(tmp_path):
+    path = tmp_path / "complex.tucker.npz"
+    np.savez(path, core=REAL.core + 0j, **{f"factor_{i}": u for i, u in enumerate(REAL.factors)})
+    with pytest.raises(gt.BackendError, match="complex128"):
+        gt.load(path)
 
 
 def test_complex_arrays_of_every_library(backend):
