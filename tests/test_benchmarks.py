@@ -167,6 +167,21 @@ def test_what_the_scripts_beside_others_share(
     assert capsys.readouterr().out == f"{'bases':<28} | 1e-07\n"
 
 
+def test_operations_of_a_step() -> None:
+    from networks import NETWORKS, at_compression
+    from operations import count, sgd
+
+    from geotucker_torch import TDLRT
+
+    dense = NETWORKS["vgg16"]()
+    operations, decompositions, waits = count(dense, sgd(dense))
+    assert operations > 100 and decompositions == waits == 0
+    small, _ = at_compression(dense, 0.1)
+    moving = count(small, TDLRT(sgd(small), small, basis_every=1))
+    assert operations < moving[0] < 3000
+    assert 0 < moving[1] < 100 and 2 <= moving[2] <= 4
+
+
 def test_differential_equations(tmp_path: Path) -> None:
     import pde
 

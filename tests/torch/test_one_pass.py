@@ -8,9 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import geotucker as gt
+from geotucker import _ops
 from geotucker._geometry import right_bases
 from geotucker.testing import check_orthonormal
 from geotucker_torch import (
@@ -340,6 +342,44 @@ def test_layers_are_disarmed_between_and_when_the_optimizer_is_gone():
     del optimizer
     gc.collect()
     assert not model[0].armed
+
+
+def test_an_optimizer_that_is_replaced_leaves_the_new_one_armed():
+    model, x, y = data()
+    optimizer = TDLRT(sgd(model), model)
+    optimizer = TDLRT(sgd(model), model)  # the first one goes only now
+    gc.collect()
+    assert model[0].armed
+    (model(x) - y).square().sum().backward()
+    assert optimizer.ranks["0"] == (6, 6)
+
+
+class NoItems(TorchDispatchMode):
+    """Raises where a number is taken from a tensor."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        assert operation is not torch.ops.aten._local_scalar_dense.default
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_device_is_asked_twice_where_bases_move_and_once_between(monkeypatch, momentum):
+    torch.manual_seed(0)
+    layers = [part for _ in range(6) for part in (TuckerLinear(16, 16, 4), nn.Tanh())]
+    model = nn.Sequential(*layers)
+    optimizer = TDLRT(torch.optim.SGD(model.parameters(), 1e-3, momentum), model, basis_every=2)
+    x, y = torch.randn(64, 16), torch.randn(64, 16)
+    questions, lists = [], _ops.lists
+    monkeypatch.setattr(
+        _ops, "lists", lambda vectors: questions.extend(vectors[:1]) or lists(vectors)
+    )
+    for expected in (2, 1, 2, 1):
+        questions.clear()
+        with NoItems():
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), y).backward()
+            optimizer.step()
+        assert len(questions) == expected
 
 
 def test_inference_and_frozen_layers_do_not_lift():
