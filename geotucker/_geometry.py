@@ -265,7 +265,7 @@ def extend(
     and leads Q as it is. None instead of both: something is not finite.
 
     The directions are scaled, so that neither huge nor tiny ones spoil the reflections, and
-    projected twice on the complement of the basis before the QR ("twice is enough", Giraud et
+    projected on the complement of the basis before and after the QR ("twice is enough", Giraud et
     al. 2005). Where they are dependent, Householder's Q completes them by columns that need not
     be orthogonal to the basis; then ``[basis | directions]`` is decomposed as a whole. So is a
     basis that has drifted by rounding.
@@ -294,12 +294,20 @@ def _beside(basis: Array, directions: Array) -> tuple[Array, Array]:
     """
     q = basis
     if _ops.shape(directions)[-1]:
-        new = _scaled(directions)
-        for _ in range(2):
-            new = new - basis @ (_ops.transpose(basis) @ new)
-        q = _ops.concatenate([basis, _ops.qr(new)[0]], -1)
+        new = _ops.qr(_beyond(basis, _scaled(directions)))[0]
+        # Where the triangle is ill-conditioned the columns lean towards the basis. What that was
+        # is missing after the second projection, to second order, and to fourth after this step
+        # of Newton and Schulz.
+        new = _beyond(basis, new)
+        new = 1.5 * new - 0.5 * (new @ (_ops.transpose(new) @ new))
+        q = _ops.concatenate([basis, new], -1)
     error = _ops.transpose(q) @ q - _ops.eye(_ops.shape(q)[-1], like=basis)
     return q, _ops.max_abs(_ops.max_abs(error, axis=-1), axis=-1)
+
+
+def _beyond(basis: Array, columns: Array) -> Array:
+    """Return what of the columns is orthogonal to a basis."""
+    return columns - basis @ (_ops.transpose(basis) @ columns)
 
 
 def _scaled(columns: Array) -> Array:
