@@ -51,8 +51,9 @@ if TYPE_CHECKING:
 
 __all__ = ["deliver", "finish", "lifting"]
 
-# Projected inputs of more entries are computed again in backward (a twelfth of a step's work)
-# rather than kept: with them a network would need more memory than the dense one.
+# Projected inputs of more entries than this, and than an eighth of the input's, are computed again
+# in backward (a twelfth of a convolution's step) rather than kept: with them a network would need
+# more memory than the dense one.
 _KEPT = 2**20
 
 
@@ -109,7 +110,7 @@ class _Lifting(torch.autograd.Function):
                 y = layer_map.spread_output(b, _cast(u_out @ s, ctx.dtype), own_bias)
             else:
                 y = layer_map.apply(a, _kernel(ctx, point.core), own_bias, order)
-        ctx.a, ctx.b = (None if a.numel() > _KEPT else a), b
+        ctx.a, ctx.b = (a if a.numel() <= max(_KEPT, x.numel() // 8) else None), b
         layer.sizes = ctx.sizes
         layer.uses += 1
         return layer_map.leave(y, x)
