@@ -103,6 +103,11 @@ def _process(rank: int, build: Build, steps: int, folder: str) -> None:
     torch.manual_seed(0)
     model, optimizer, x, y = build()
     halves = slice(rank, None, 2)
-    fit(DistributedDataParallel(model), optimizer, x[halves], y[halves], steps)
+    ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", [])
+    if any(p.requires_grad and name not in ignored for name, p in model.named_parameters()):
+        wrapped = DistributedDataParallel(model)
+    else:  # it refuses models of which it would average nothing
+        wrapped = model
+    fit(wrapped, optimizer, x[halves], y[halves], steps)
     torch.save([w.detach() for w in model.parameters()], f"{folder}/{rank}.pt")
     destroy_process_group()

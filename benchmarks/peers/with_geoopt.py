@@ -13,7 +13,7 @@ from checks import attempt, begin, best, data_parallel, departure, fit, start, t
 from torch import nn
 
 import geotucker as gt
-from geotucker_torch import TDLRT, TuckerLinear
+from geotucker_torch import TDLRT, TuckerLinear, distribute
 
 
 class Stiefel(nn.Module):
@@ -86,7 +86,7 @@ def main():
     tell(
         "two processes (DDP)",
         attempt(lambda: data_parallel(lambda: (m := Stiefel(*even), theirs_adam(m), x, y))),
-        attempt(lambda: data_parallel(lambda: (m := own(*even), own_adam(m), x, y))),
+        attempt(lambda: data_parallel(lambda: (m := distribute(own(*even)), own_adam(m), x, y))),
     )
 
 

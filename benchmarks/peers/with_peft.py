@@ -13,7 +13,7 @@ from checks import attempt, begin, data_parallel, departure, fit, size, tell
 from torch import nn
 
 import geotucker as gt
-from geotucker_torch import TDLRT, factorize
+from geotucker_torch import TDLRT, distribute, factorize
 
 TARGETS = {"target_modules": ["0", "3"]}
 KINDS = {
@@ -87,7 +87,9 @@ def main():
     tell(
         "two processes (DDP)",
         attempt(lambda: data_parallel(lambda: (m := adapted(), adam(m), x, y))),
-        attempt(lambda: data_parallel(lambda: (m := low_rank(), TDLRT(adam(m), m), x, y))),
+        attempt(
+            lambda: data_parallel(lambda: (m := distribute(low_rank()), TDLRT(adam(m), m), x, y))
+        ),
     )
 
 

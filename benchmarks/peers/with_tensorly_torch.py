@@ -14,7 +14,7 @@ from checks import attempt, begin, best, data_parallel, departure, fit, size, st
 from torch import nn
 
 import geotucker as gt
-from geotucker_torch import TDLRT, TuckerConv2d, TuckerConvTranspose2d, TuckerLinear
+from geotucker_torch import TDLRT, TuckerConv2d, TuckerConvTranspose2d, TuckerLinear, distribute
 
 RANKS = (8, 8, 3, 3)
 
@@ -119,7 +119,7 @@ def main():
     tell(
         "two processes (DDP)",
         attempt(lambda: data_parallel(lambda: (m := theirs(), adam(m), x, y))),
-        attempt(lambda: data_parallel(lambda: (m := ours(), tdlrt(m), x, y))),
+        attempt(lambda: data_parallel(lambda: (m := distribute(ours()), tdlrt(m), x, y))),
     )
 
 
