@@ -16,6 +16,11 @@ import pytest
 import tensorly as tl
 from hypothesis import HealthCheck, settings
 
+# JAX compiles every operation for every shape that a test draws; none runs for long.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0"
+)
+
 BACKENDS = ("numpy", "pytorch", "jax", "cupy")
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -56,7 +56,7 @@ def test_without_a_step_nothing_changes(backend, data):
     assert_close(case.dense(cut.point), case.dense(point), case.tol)
 
 
-@pytest.mark.parametrize("shape", [(9, 8), (7, 6, 5)])
+@pytest.mark.parametrize("shape", [(6, 5), (6, 5, 7)])
 def test_agrees_with_the_best_truncation_to_first_order(backend, shape):
     # Both are retractions: their difference, and that from the step itself, is of second order.
     case = Case(backend, "float64", shape, (3,) * len(shape), 1)
@@ -85,7 +85,7 @@ def test_a_basis_may_turn_completely(backend):
 
 
 def test_many_points_at_once_are_as_one_by_one(backend):
-    shapes = [(6, 5, 4), (6, 5, 4), (7, 3), (6, 5, 4), (7, 3), (5, 5, 5)]
+    shapes = [(5, 3, 4), (5, 3, 4), (6, 5), (6, 5)]
     many = [
         Case(backend, "float64", shape, (2,) * len(shape), seed)
         for seed, shape in enumerate(shapes)
