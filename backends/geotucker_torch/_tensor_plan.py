@@ -139,6 +139,7 @@ def _descend(sizes: TensorSizes) -> Projected:
     order, free = len(sizes.shape), len(sizes.out_shape) if sizes.looked_up else 0
     best, least = (True,) * order, operations(sizes, (True,) * order)
     candidates: list[Projected] = [(True,) * free + (False,) * (order - free)]
+    starts = True
     while candidates:
         found = best
         for candidate in candidates:
@@ -146,8 +147,8 @@ def _descend(sizes: TensorSizes) -> Projected:
             if cost < least:
                 found, least = candidate, cost
         flipped = [(*found[:i], not found[i], *found[i + 1 :]) for i in range(free, order)]
-        candidates = flipped if found != best or len(candidates) == 1 else []
-        best = found
+        candidates = flipped if found != best or starts else []
+        best, starts = found, False
     return best
 
 
