@@ -28,7 +28,15 @@ if TYPE_CHECKING:
     from ._tensor_linear import TuckerTensorLinear
     from ._tensor_module import TensorModule
 
-__all__ = ["Seen", "applied", "kernel", "lifting_tensorised", "sizes_of", "tensor_linear", "weight_gradient"]
+__all__ = [
+    "Seen",
+    "applied",
+    "kernel",
+    "lifting_tensorised",
+    "sizes_of",
+    "tensor_linear",
+    "weight_gradient",
+]
 
 
 def tensor_linear(
@@ -246,9 +254,7 @@ class Seen:
     def core_in(self, bases: Sequence[Tensor]) -> Tensor:
         """Return the gradient of the core in any bases."""
         outputs, ranks = len(self.sizes.out_shape), tuple(basis.shape[1] for basis in bases)
-        modes = _meeting(
-            self.sizes._replace(out_ranks=ranks[:outputs], in_ranks=ranks[outputs:])
-        )
+        modes = _meeting(self.sizes._replace(out_ranks=ranks[:outputs], in_ranks=ranks[outputs:]))
         return self._through(self._form(bases, modes), bases, modes)
 
     def _direction(self, mode: int, gauged: Tensor) -> Tensor:

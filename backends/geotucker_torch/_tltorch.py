@@ -311,9 +311,7 @@ def _theirs(layer: TuckerModule, tltorch: Any) -> Any:
         sides = _split(layer)
         # Their contraction takes as many output modes as there are input modes.
         way = "factorized" if len(sides[0]) == len(sides[1]) else "reconstructed"
-        new = tltorch.FactorizedLinear(
-            *reversed(sides), implementation=way, bias=False, **options
-        )
+        new = tltorch.FactorizedLinear(*reversed(sides), implementation=way, bias=False, **options)
         new.weight = tltorch.factorized_tensors.TuckerTensorized(core, factors, sides)
     elif type(layer) in (TuckerEmbedding, TuckerTensorEmbedding):
         if layer.padding_idx is not None or layer.scale_grad_by_freq:

@@ -227,6 +227,8 @@ def test_the_price_of_a_lookup_is_counted():
 @given(layers(leads=((6,), (2, 9))), st.sampled_from([None, gt.Tolerance(0.1), gt.Fixed(2)]))
 def test_one_pass_is_two(drawn, rule):
     layer, x = drawn
+    # A core without the padding's row is singular: bases of its null space are rounding.
+    nn.init.normal_(layer.core)
     one, two = (trained(layer, x, one_pass=flag, rule=rule, number=2) for flag in (True, False))
     assert one.ranks == two.ranks
     check_orthonormal(one.point)
