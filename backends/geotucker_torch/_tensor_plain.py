@@ -44,7 +44,7 @@ def plain_tensor(
     Returns
     -------
     nn.Module
-        An ``nn.Linear`` or ``nn.Embedding``, or a ``torch.fx.GraphModule`` with the parameters ``project_i``,
+        A layer of the dense type, or a ``torch.fx.GraphModule`` with the parameters ``project_i``,
         ``kernel``, ``spread_i`` and ``bias``; in the layer's mode, sharing nothing with it.
 
     Examples

@@ -29,7 +29,7 @@ from geotucker_torch import (
     save_checkpoint,
     spectra,
 )
-from geotucker_torch._tensor_lookup import multi_index, tensor_lookup
+from geotucker_torch._tensor_lookup import multi_index
 from geotucker_torch._tensor_plan import TensorSizes, cheapest_projections, operations, price
 
 from .cases import close, sgd, trained
