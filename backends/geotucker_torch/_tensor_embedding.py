@@ -36,8 +36,9 @@ class TuckerTensorEmbedding(TensorModule, EmbeddingModule):
         Ranks, of the modes of the rows first, see `geotucker.Fixed`. From scratch the rule cannot
         depend on singular values.
     padding_idx : int, optional
-        The index whose lookups have no gradient; it may be negative. Its row is zero at first, but
-        made of rows of factors that other indices have too, with which it changes in training.
+        The index whose lookups have no gradient; it may be negative. Its row is zero at first (and
+        where all ranks of the rows are one, the others are too), but made of rows of factors that
+        other indices have too, with which it changes in training.
     scale_grad_by_freq : bool
         Whether gradients are divided by the number of lookups of the same index in the batch.
     device, dtype
