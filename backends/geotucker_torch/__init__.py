@@ -22,6 +22,7 @@ from ._layers import TuckerConv1d, TuckerConv2d, TuckerConv3d, TuckerLinear, Tuc
 from ._metrics import metrics
 from ._optimizer import TDLRT
 from ._spectra import Spectra, WeightSpectra, spectra, summary
+from ._tensor_embedding import TuckerTensorEmbedding
 from ._tensor_linear import TuckerTensorLinear
 from ._tltorch import from_tltorch, to_tltorch
 from ._transposed import TuckerConvTranspose1d, TuckerConvTranspose2d, TuckerConvTranspose3d
@@ -45,6 +46,7 @@ __all__ = [
     "TuckerLinear",
     "TuckerModule",
     "TuckerMultiheadAttention",
+    "TuckerTensorEmbedding",
     "TuckerTensorLinear",
     "WeightSpectra",
     "dense_state_dict",

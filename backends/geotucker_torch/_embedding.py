@@ -9,10 +9,73 @@ from ._adjoint_maps import EmbeddingMap
 from ._contract import without_autocast
 from ._layers import TuckerModule, check_count
 
-__all__ = ["TuckerEmbedding"]
+__all__ = ["EmbeddingModule", "TuckerEmbedding"]
 
 
-class TuckerEmbedding(TuckerModule):
+class EmbeddingModule(TuckerModule):
+    """Base of embeddings: all but how the weight is kept."""
+
+    dense_type = nn.Embedding
+    _options = ("num_embeddings", "embedding_dim", "padding_idx", "scale_grad_by_freq")
+    _start_variance = 1.0
+    _takes_bias = False
+    _axes = ("rows", "columns")
+
+    padding_idx: int | None
+    scale_grad_by_freq: bool
+
+    def _keep(self, number: int, padding_idx: int | None, scale_grad_by_freq: bool) -> None:
+        """Check and set the options, which must be there before the weight is drawn."""
+        if padding_idx is not None and not -number <= padding_idx < number:
+            raise ValueError(
+                f"padding_idx: expected an index of {number} embeddings, got {padding_idx}"
+            )
+        row = None if padding_idx is None else padding_idx % number
+        vars(self).update(padding_idx=row, scale_grad_by_freq=scale_grad_by_freq)
+
+    @classmethod
+    def check_dense(cls, layer: nn.Module) -> None:
+        """Raise ValueError if the dense layer does what this one does not."""
+        if getattr(layer, "max_norm", None) is not None:
+            raise ValueError(
+                "layer: expected nn.Embedding without max_norm, which changes the weight in every "
+                f"lookup, got max_norm={layer.max_norm}"
+            )
+        if getattr(layer, "sparse", False):
+            raise ValueError(
+                "layer: expected nn.Embedding with sparse=False, got sparse=True, whose gradients "
+                "only some optimizers take; in Tucker format they are small"
+            )
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows of the table."""
+        return self.weight_shape[0]
+
+    @property
+    def embedding_dim(self) -> int:
+        """Columns of the table."""
+        return self.weight_shape[1]
+
+    @property
+    def map(self) -> EmbeddingMap:
+        """The linear maps that the layer is a chain of."""
+        return EmbeddingMap(self.num_embeddings, self.padding_idx, self.scale_grad_by_freq)
+
+    @property
+    def _sizes_shown(self) -> tuple[Any, Any]:
+        return self.num_embeddings, self.embedding_dim
+
+    def _options_repr(self) -> str:
+        shown = list(map(str, self._sizes_shown))
+        if self.padding_idx is not None:
+            shown.append(f"padding_idx={self.padding_idx}")
+        if self.scale_grad_by_freq:
+            shown.append("scale_grad_by_freq=True")
+        return ", ".join(shown)
+
+
+class TuckerEmbedding(EmbeddingModule):
     """``nn.Embedding`` with the weight ``W = U_0 C U_1^T`` in Tucker format.
 
     A lookup gathers rows of ``U_0`` and multiplies them by ``C U_1^T``: neither the table nor its
@@ -56,12 +119,6 @@ class TuckerEmbedding(TuckerModule):
     (torch.Size([1, 3, 64]), (8, 8))
     """
 
-    dense_type = nn.Embedding
-    _options = ("num_embeddings", "embedding_dim", "padding_idx", "scale_grad_by_freq")
-    _start_variance = 1.0
-    _takes_bias = False
-    _axes = ("rows", "columns")
-
     def __init__(
         self,
         num_embeddings: int,
@@ -75,17 +132,8 @@ class TuckerEmbedding(TuckerModule):
     ) -> None:
         check_count("num_embeddings", num_embeddings)
         check_count("embedding_dim", embedding_dim)
-        if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
-            raise ValueError(
-                f"padding_idx: expected an index of {num_embeddings} embeddings, got {padding_idx}"
-            )
-        # Needed where the weight is drawn; modules take attributes that are no parameters before.
-        row = None if padding_idx is None else padding_idx % num_embeddings
-        vars(self)["padding_idx"] = row
+        self._keep(num_embeddings, padding_idx, scale_grad_by_freq)
         super().__init__((num_embeddings, embedding_dim), ranks, None, device, dtype)
-        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.padding_idx = row
-        self.scale_grad_by_freq = scale_grad_by_freq
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -99,34 +147,7 @@ class TuckerEmbedding(TuckerModule):
             row = rows[self.padding_idx]  # zero, but in a complete basis
             self.core.sub_(torch.outer(row, row @ self.core))
 
-    @classmethod
-    def check_dense(cls, layer: nn.Module) -> None:
-        """Raise ValueError if the dense layer does what this one does not."""
-        if getattr(layer, "max_norm", None) is not None:
-            raise ValueError(
-                "layer: expected nn.Embedding without max_norm, which changes the weight in every "
-                f"lookup, got max_norm={layer.max_norm}"
-            )
-        if getattr(layer, "sparse", False):
-            raise ValueError(
-                "layer: expected nn.Embedding with sparse=False, got sparse=True, whose gradients "
-                "only some optimizers take; in Tucker format they are small"
-            )
-
     def forward(self, x: Tensor) -> Tensor:
         """Look up the embeddings of indices, in the weight's own precision, as nn.Embedding."""
         with without_autocast(self.core):
             return super().forward(x)
-
-    @property
-    def map(self) -> EmbeddingMap:
-        """The linear maps that the layer is a chain of."""
-        return EmbeddingMap(self.num_embeddings, self.padding_idx, self.scale_grad_by_freq)
-
-    def _options_repr(self) -> str:
-        shown = [str(self.num_embeddings), str(self.embedding_dim)]
-        if self.padding_idx is not None:
-            shown.append(f"padding_idx={self.padding_idx}")
-        if self.scale_grad_by_freq:
-            shown.append("scale_grad_by_freq=True")
-        return ", ".join(shown)

@@ -33,7 +33,9 @@ from ._modules import (
 )
 from ._rules import whole_model
 from ._table import table
-from ._tensor_linear import Split, TuckerTensorLinear, split_of
+from ._tensor_embedding import TuckerTensorEmbedding
+from ._tensor_linear import TuckerTensorLinear
+from ._tensor_module import Split, TensorModule, split_of
 from ._transposed import TuckerConvTranspose1d, TuckerConvTranspose2d, TuckerConvTranspose3d
 
 __all__ = ["Factorization", "FactorizedLayer", "densify", "factorize", "plan"]
@@ -51,6 +53,11 @@ _TUCKER: dict[type[nn.Module], type[TuckerModule]] = {
     nn.Embedding: TuckerEmbedding,
 }
 _TYPES = tuple(_TUCKER)
+# Layers whose weight is a matrix that may be reshaped.
+_TENSOR: dict[type[nn.Module], type[TensorModule]] = {
+    nn.Linear: TuckerTensorLinear,
+    nn.Embedding: TuckerTensorEmbedding,
+}
 _Splits: TypeAlias = dict[nn.Module, TuckerMultiheadAttention]
 
 
@@ -201,12 +208,14 @@ def factorize(
         predicate ``(name, module) -> bool``. Default: all, and none. A shared layer or weight is
         matched if one of its names is.
     tensorise : int, pair, or mapping from pattern to one of these, optional
-        Linear layers whose matrix is reshaped to a tensor of higher order and become a
-        `TuckerTensorLinear`: into how many factors, as near to one another as can be, the sizes of
-        output and input are split, or a pair ``(out_shape, in_shape)`` of such numbers or of
-        shapes, say ``((10, 80), (20, 25))`` for 800 and 500. In a mapping the first pattern that
-        matches a name counts. A layer that no pattern names, whose sizes are prime, or that has its
-        weight in common with an embedding, stays a matrix; so do all by default.
+        Linear and embedding layers whose matrix is reshaped to a tensor of higher order and become
+        a `TuckerTensorLinear` or `TuckerTensorEmbedding`: into how many factors, as near to one
+        another as can be, the numbers of rows and columns are split, or a pair of such numbers or
+        of shapes: ``(out_shape, in_shape)`` of a linear layer, ``(row_shape, column_shape)`` of an
+        embedding, say ``((10, 80), (20, 25))`` for 800 and 500. In a mapping the first pattern that
+        matches a name counts. A layer that no pattern names, whose sizes are prime, or an embedding
+        with a ``padding_idx``, whose row would change with the others, stays a matrix; so do all by
+        default.
     rescale : bool, optional
         Whether truncated weights are scaled up towards the norm of the dense ones instead of
         being the nearest to them. By default those are that are untrained: the HOSVD of noise
@@ -331,11 +340,13 @@ class _Candidate:
 
     def successors(self, rescale: bool | None) -> Iterator[tuple[nn.Module, TuckerModule]]:
         """Build the layers that take the place of these, tied as these are."""
-        first, shapes = None, {}
-        if self.reshaped is not None:
-            shapes = dict(zip(("out_shape", "in_shape"), self.reshaped, strict=True))
+        first = None
         for layer in self.layers:
-            kind: Any = TuckerTensorLinear if shapes else _TUCKER[type(layer)]
+            kind: Any = _TUCKER[type(layer)]
+            shapes: dict[str, Any] = {}
+            if self.reshaped is not None:
+                kind = _TENSOR[type(layer)]
+                shapes = dict(zip(kind.shape_names, self.reshaped, strict=True))
             if first is not None:
                 new = kind._from_point(layer, first.point, **shapes)
                 new.tie(first)
@@ -409,8 +420,12 @@ def _share(candidates: list[_Candidate], budget: gt.Budget, model: nn.Module) ->
 
 
 def _reshaped(candidate: _Candidate, requests: Mapping[str, Any]) -> Split | None:
-    """Return what a weight of linear layers is reshaped to, by the first pattern that names one."""
-    if any(type(layer) is not nn.Linear for layer in candidate.layers):
+    """Return what a matrix is reshaped to, by the first pattern that names one of its layers.
+
+    A row of padding would not stay what it is: as a tensor's it is made of what other rows have.
+    """
+    layers = candidate.layers
+    if any(type(m) not in _TENSOR or getattr(m, "padding_idx", None) is not None for m in layers):
         return None
     named = (p for p in requests if any(fnmatchcase(name, p) for name in candidate.names))
     pattern = next(named, None)

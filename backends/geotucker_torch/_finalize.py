@@ -24,7 +24,7 @@ from ._plain import (
 )
 from ._plan import CONTRACTIONS, Contraction, Sizes, folded_flops
 from ._point import Shared
-from ._tensor_linear import TuckerTensorLinear
+from ._tensor_module import TensorModule
 from ._tensor_plain import plain_operations, plain_parameters
 
 __all__ = ["finalize"]
@@ -136,14 +136,12 @@ def _cheapest(layers: Sequence[TuckerModule], cost: Cost) -> Contraction:
 
 
 def _turned(layer: TuckerModule, modes: Contraction) -> Contraction:
-    """Return the layer's order of contraction; a tensorised one has output and input in order."""
-    if isinstance(layer, TuckerTensorLinear):
-        return modes
+    """Return the layer's order of contraction."""
     return Contraction(*modes_turned(layer.map, modes))
 
 
 def _price(layer: TuckerModule, order: Contraction, cost: Cost) -> int:
-    if isinstance(layer, TuckerTensorLinear):
+    if isinstance(layer, TensorModule):
         count = plain_parameters if cost == "parameters" else plain_operations
         return count(layer, order)
     layer_map: Any = layer.map

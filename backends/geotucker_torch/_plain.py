@@ -20,8 +20,10 @@ from ._maps import modes_turned
 from ._modules import has_hooks
 from ._plan import Contraction
 from ._point import Shared, own_parameter, shared_parameter
+from ._tensor_embedding import TuckerTensorEmbedding
 from ._tensor_linear import TuckerTensorLinear
-from ._tensor_plain import plain_tensor_linear
+from ._tensor_module import TensorModule
+from ._tensor_plain import plain_tensor
 from ._transposed import TuckerConvTranspose1d, TuckerConvTranspose2d, TuckerConvTranspose3d
 
 __all__ = [
@@ -43,6 +45,7 @@ _KNOWN = (
     TuckerConvTranspose3d,
     TuckerEmbedding,
     TuckerTensorLinear,
+    TuckerTensorEmbedding,
 )
 # Kinds whose weight has the input's axis first.
 _TRANSPOSED = (nn.Embedding, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -84,12 +87,12 @@ def plain_module(
     -------
     nn.Module
         A layer of the dense type, or an ``nn.Sequential`` of two or three, in the layer's mode; for
-        a tensorised layer see `plain_tensor_linear`. Weights ask for gradients if the core does. It
+        a tensorised layer see `plain_tensor`. Weights ask for gradients if the core does. It
         shares nothing with the layer.
     """
     shared = {} if shared is None else shared
-    if isinstance(layer, TuckerTensorLinear):
-        return plain_tensor_linear(layer, order, shared)
+    if isinstance(layer, TensorModule):
+        return plain_tensor(layer, order, shared)
     modules: dict[str, nn.Module] = {}
     if order.project_input:
         modules["project"] = _project(layer, shared)

@@ -34,6 +34,9 @@ class TensorSizes(NamedTuple):
     out_ranks: tuple[int, ...]
     in_ranks: tuple[int, ...]
     batch: int
+    # Whether the output's modes are those of a table, in which a lookup costs nothing. (Its rows
+    # are the outputs of the linear layer that has the same weight; see `_adjoint_maps`.)
+    looked_up: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -71,7 +74,12 @@ def operations(sizes: TensorSizes, projected: Projected, folding: bool = True) -
         math.prod([r if meets else n for n, r, meets in side]) for side in (outputs, inputs)
     ]
     total = sizes.batch * kernel_out * kernel_in
-    for side in (outputs, inputs):
+    sides = [outputs, inputs]
+    if sizes.looked_up:
+        if not any(projected[: len(outputs)]):
+            total = 0
+        sides = [inputs]
+    for side in sides:
         steps = [(n, r) for n, r, meets in side if meets]
         rest = sizes.batch * math.prod([n for n, _, meets in side if not meets])
         # Projecting takes n to r, and spreading r to n by the same steps backwards.
@@ -114,6 +122,7 @@ def cheapest_projections(sizes: TensorSizes) -> Projected:
     """Return which factors shall meet the activations, so that there is the least to do.
 
     A descent from the better of all and none, which changes its mind about one mode at a time.
+    Modes that are looked up are projected, so that no table is formed.
 
     Examples
     --------
@@ -127,18 +136,19 @@ def cheapest_projections(sizes: TensorSizes) -> Projected:
 
 
 def _descend(sizes: TensorSizes) -> Projected:
-    order = len(sizes.shape)
+    order, free = len(sizes.shape), len(sizes.out_shape) if sizes.looked_up else 0
     best, least = (True,) * order, operations(sizes, (True,) * order)
-    candidates: list[Projected] = [(False,) * order]
+    candidates: list[Projected] = [(True,) * free + (False,) * (order - free)]
+    starts = True
     while candidates:
         found = best
         for candidate in candidates:
             cost = operations(sizes, candidate)
             if cost < least:
                 found, least = candidate, cost
-        flipped = [(*found[:i], not found[i], *found[i + 1 :]) for i in range(order)]
-        candidates = flipped if found != best or len(candidates) == 1 else []
-        best = found
+        flipped = [(*found[:i], not found[i], *found[i + 1 :]) for i in range(free, order)]
+        candidates = flipped if found != best or starts else []
+        best, starts = found, False
     return best
 
 
@@ -155,13 +165,15 @@ def price(sizes: TensorSizes) -> gt.Cost:
 
     def tucker(ranks: Any) -> Any:
         modes = list(zip(sizes.shape, ranks, strict=True))
-        sides = [modes[outputs:], [(r, n) for n, r in modes[:outputs]]]
+        sides = [modes[outputs:]]
+        if not sizes.looked_up:
+            sides.append([(r, n) for n, r in modes[:outputs]])
         whole = _in_turn([(r, n) for n, r in modes])
         projected = reduce(lambda a, r: a * r, ranks) + sum(map(_in_turn, sides))
         return np.minimum(sizes.batch * projected, whole + sizes.batch * dense)
 
     dense = math.prod(sizes.shape)
-    return gt.Cost(tucker, sizes.batch * dense)
+    return gt.Cost(tucker, 0 if sizes.looked_up else sizes.batch * dense)
 
 
 def _in_turn(steps: Sequence[tuple[Any, Any]]) -> Any:

@@ -26,8 +26,17 @@ from ._tensor_plan import Projected, TensorSizes, cheapest_projections, ordered
 
 if TYPE_CHECKING:
     from ._tensor_linear import TuckerTensorLinear
+    from ._tensor_module import TensorModule
 
-__all__ = ["kernel", "lifting_tensorised", "tensor_linear", "weight_gradient"]
+__all__ = [
+    "Seen",
+    "applied",
+    "kernel",
+    "lifting_tensorised",
+    "sizes_of",
+    "tensor_linear",
+    "weight_gradient",
+]
 
 
 def tensor_linear(
@@ -61,23 +70,23 @@ def tensor_linear(
     >>> tensor_linear(torch.ones(2, 3, 4), torch.ones(1, 1, 1), [u], v)[0]
     tensor([12., 12., 12., 12., 12.])
     """
-    projected = projected or cheapest_projections(_sizes(len(x), core, out_factors, in_factors))
+    projected = projected or cheapest_projections(sizes_of(len(x), core, out_factors, in_factors))
     outputs = len(out_factors)
     with without_autocast(core):
         folded = kernel(core, (*out_factors, *in_factors), projected)
     if dtype is not None:
         folded = folded.to(dtype)
         out_factors, in_factors = _cast(out_factors, dtype), _cast(in_factors, dtype)
-    a = _applied(x, {i: u.t() for i, u in enumerate(in_factors) if projected[outputs + i]})
+    a = applied(x, {i: u.t() for i, u in enumerate(in_factors) if projected[outputs + i]})
     b = F.linear(a.flatten(1), folded.flatten(0, outputs - 1).flatten(1))
     b = b.unflatten(1, folded.shape[:outputs])
-    return _applied(b, {i: u for i, u in enumerate(out_factors) if projected[i]})
+    return applied(b, {i: u for i, u in enumerate(out_factors) if projected[i]})
 
 
 def kernel(core: Tensor, factors: Sequence[Tensor], projected: Projected) -> Tensor:
     """Return the core with the factors that are not projected folded in."""
     folded = {i: u for i, u in enumerate(factors) if not projected[i]}
-    return _applied(core[None], folded)[0]
+    return applied(core[None], folded)[0]
 
 
 def weight_gradient(
@@ -103,8 +112,8 @@ def weight_gradient(
         Of size r_i in these modes, n_i in the others.
     """
     outputs, modes = g.dim() - 1, set(modes)
-    h = _applied(g, {i: factors[i].t() for i in modes if i < outputs})
-    a = _applied(x, {i - outputs: factors[i].t() for i in modes if i >= outputs})
+    h = applied(g, {i: factors[i].t() for i in modes if i < outputs})
+    a = applied(x, {i - outputs: factors[i].t() for i in modes if i >= outputs})
     return (h.flatten(1).t() @ a.flatten(1)).reshape(*h.shape[1:], *a.shape[1:])
 
 
@@ -112,15 +121,16 @@ def _cast(factors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [factor.to(dtype) for factor in factors]
 
 
-def _sizes(
+def sizes_of(
     batch: int, core: Tensor, out_factors: Sequence[Tensor], in_factors: Sequence[Tensor]
 ) -> TensorSizes:
+    """Return everything that the price of a contraction depends on."""
     out_shape, in_shape = (tuple(len(u) for u in side) for side in (out_factors, in_factors))
     ranks = tuple(core.shape)
     return TensorSizes(out_shape, in_shape, ranks[: len(out_shape)], ranks[len(out_shape) :], batch)
 
 
-def _applied(t: Tensor, matrices: Mapping[int, Tensor]) -> Tensor:
+def applied(t: Tensor, matrices: Mapping[int, Tensor]) -> Tensor:
     """Apply matrices to axes of a batch of tensors, numbered behind the batch, cheapest first."""
     axes = list(matrices)
     for i in ordered([(m.shape[1], m.shape[0]) for m in matrices.values()]):
@@ -166,7 +176,7 @@ class _Lifting(torch.autograd.Function):
         ctx.x = x.detach().to(ctx.dtype)
         # The core is folded in its own precision.
         out_factors, in_factors = _split(point.factors, layer)
-        layer.sizes = ctx.sizes = _sizes(len(x), point.core, out_factors, in_factors)
+        layer.sizes = ctx.sizes = layer.sizes_for(len(x))
         layer.uses += 1
         return tensor_linear(x.detach(), point.core, out_factors, in_factors)
 
@@ -179,7 +189,7 @@ class _Lifting(torch.autograd.Function):
         with without_autocast(point.core):
             if ctx.needs_input_grad[0]:
                 dx = _adjoint(ctx, g).to(ctx.x_dtype)
-            seen = _Seen(ctx.x, g, point, cheapest_projections(ctx.sizes))
+            seen = Seen(ctx.x, g, point, ctx.sizes)
             deliver(layer, point, lambda: seen.use(layer), seen.core_in)
         return dx, None, None
 
@@ -195,10 +205,10 @@ def _adjoint(ctx: Any, g: Tensor) -> Tensor:
 def _split(
     factors: Sequence[Tensor], layer: "TuckerTensorLinear"
 ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    return factors[: layer.out_modes], factors[layer.out_modes :]
+    return factors[: layer.row_modes], factors[layer.row_modes :]
 
 
-class _Seen:
+class Seen:
     """The gradient of the dense tensor, known by what is seen of it through bases.
 
     Parameters
@@ -206,17 +216,17 @@ class _Seen:
     x, g : Tensor
         As for `weight_gradient`.
     point : TuckerPoint
-    projected : tuple of bool
-        Where it pays to see it so while it is formed; through the others afterwards.
+    sizes : TensorSizes
+        They tell where it pays to see it so while it is formed; through the others afterwards.
     """
 
-    def __init__(self, x: Tensor, g: Tensor, point: gt.TuckerPoint, projected: Projected) -> None:
-        self.x, self.g, self.point = x, g, point
-        self.projected = {mode for mode, meets in enumerate(projected) if meets}
+    def __init__(self, x: Tensor, g: Tensor, point: gt.TuckerPoint, sizes: TensorSizes) -> None:
+        self.x, self.g, self.point, self.sizes = x, g, point, sizes
+        self.projected = _meeting(sizes)
         self._seen: Tensor | None = None
         self._gauges: list[tuple[Tensor, Tensor] | None] | None = None
 
-    def use(self, layer: "TuckerTensorLinear") -> Use:
+    def use(self, layer: "TensorModule") -> Use:
         """Return what this use of the layer's weight has for the gradients."""
         galerkin = layer.extension.galerkin
         directions = self.directions() if layer.armed or not galerkin else []
@@ -231,19 +241,10 @@ class _Seen:
 
     def directions(self) -> list[Tensor]:
         """Return the ``grad_{K_i} L = G_i Q_i``; of complete modes, nothing."""
-        found = []
-        for mode, gauged in enumerate(self._all_gauges()):
-            if gauged is None:
-                found.append(self.point.factors[mode][:, :0])
-                continue
-            if mode in self.projected:
-                modes = self.projected - {mode}
-                formed = self._form(self.point.factors, modes)
-            else:
-                modes, formed = self.projected, self._formed()
-            others = self._through(formed, self.point.factors, {*modes, mode})
-            found.append(_ops.unfold(others, mode) @ _ops.unfold(gauged[0], mode).T)
-        return found
+        return [
+            self.point.factors[mode][:, :0] if gauged is None else self._direction(mode, gauged[0])
+            for mode, gauged in enumerate(self._all_gauges())
+        ]
 
     def right(self) -> list[Tensor | None]:
         """Return the Q_i of ``Mat_i(C)^T = Q_i S_i^T`` of the incomplete modes."""
@@ -252,14 +253,20 @@ class _Seen:
 
     def core_in(self, bases: Sequence[Tensor]) -> Tensor:
         """Return the gradient of the core in any bases."""
-        outputs = self.g.dim() - 1
-        ranks = tuple(basis.shape[1] for basis in bases)
-        shape = self.point.shape
-        sizes = TensorSizes(
-            shape[:outputs], shape[outputs:], ranks[:outputs], ranks[outputs:], len(self.x)
-        )
-        modes = {mode for mode, meets in enumerate(cheapest_projections(sizes)) if meets}
+        outputs, ranks = len(self.sizes.out_shape), tuple(basis.shape[1] for basis in bases)
+        modes = _meeting(self.sizes._replace(out_ranks=ranks[:outputs], in_ranks=ranks[outputs:]))
         return self._through(self._form(bases, modes), bases, modes)
+
+    def _direction(self, mode: int, gauged: Tensor) -> Tensor:
+        """Return ``G_i Q_i``, where the core in the gauge of the mode has ``Q_i^T`` unfolded."""
+        if mode in self.projected:
+            modes = self.projected - {mode}
+            formed = self._form(self.point.factors, modes)
+        else:
+            modes, formed = self.projected, self._formed()
+        others = self._through(formed, self.point.factors, {*modes, mode})
+        direction: Tensor = _ops.unfold(others, mode) @ _ops.unfold(gauged, mode).T
+        return direction
 
     def _formed(self) -> Tensor:
         if self._seen is None:
@@ -282,3 +289,7 @@ class _Seen:
                 None if full else gauge(self.point.core, mode) for mode, full in enumerate(complete)
             ]
         return self._gauges
+
+
+def _meeting(sizes: TensorSizes) -> set[int]:
+    return {mode for mode, meets in enumerate(cheapest_projections(sizes)) if meets}

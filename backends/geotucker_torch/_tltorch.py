@@ -27,10 +27,13 @@ import geotucker as gt
 from geotucker import _ops
 
 from ._attention import TuckerMultiheadAttention
+from ._embedding import EmbeddingModule, TuckerEmbedding
 from ._layers import TuckerConv1d, TuckerConv2d, TuckerConv3d, TuckerLinear, TuckerModule
 from ._modules import check_model, has_hooks, replaced
 from ._point import own_parameter
+from ._tensor_embedding import TuckerTensorEmbedding
 from ._tensor_linear import TuckerTensorLinear
+from ._tensor_module import TensorModule
 
 __all__ = ["from_tltorch", "holds_tucker", "ranked_modules", "to_tltorch"]
 
@@ -43,9 +46,11 @@ def from_tltorch(model: _Model) -> _Model | nn.Module:
     """Replace layers of tensorly-torch by layers of this package, in place: the same function.
 
     Those train in one pass, without a closure, and contract faster. Replaced are FactorizedConv,
-    FactorizedLinear and TRL with a Tucker weight, real and for one layer. All else stays, and
-    trains as it is: joint layers, weights that several layers share, embeddings, complex tensors,
-    other formats, subclasses, and modules or weights with hooks (tensor dropout is one).
+    FactorizedLinear, FactorizedEmbedding and TRL with a Tucker weight, real and for one layer. All
+    else stays, and trains as it is: joint layers, weights that several layers share, complex
+    tensors, other formats, subclasses, and modules or weights with hooks (tensor dropout is one). A
+    TCL has a matrix for each mode and no core, so that there is no basis to be moved: it stays, and
+    the optimizer that `TDLRT` wraps trains its matrices like all dense ones.
 
     Parameters
     ----------
@@ -87,9 +92,11 @@ def from_tltorch(model: _Model) -> _Model | nn.Module:
 def to_tltorch(model: _Model) -> _Model | nn.Module:
     """Replace layers of this package by layers of tensorly-torch, in place: the same function.
 
-    Convolutions become FactorizedConv, linear layers FactorizedLinear. A convolution with groups, a
-    padding mode or uneven padding, which tensorly-torch does not have, stays, and so do other kinds
-    of layers, tied ones, the projections of attention, subclasses, and layers with hooks.
+    Convolutions become FactorizedConv, linear layers FactorizedLinear (in what a TRL has become,
+    too), embeddings FactorizedEmbedding. A convolution with groups, a padding mode or uneven
+    padding, or an embedding with ``padding_idx`` or ``scale_grad_by_freq``, which tensorly-torch
+    does not have, stays, and so do other kinds of layers, tied ones, the projections of attention,
+    subclasses, and layers with hooks.
 
     Parameters
     ----------
@@ -178,6 +185,7 @@ def _ours(name: str, module: nn.Module) -> nn.Module | None:
     kind = type(module)
     converters: dict[str, Callable[[Any], nn.Module | None]] = {
         "FactorizedConv": _from_conv,
+        "FactorizedEmbedding": _from_embedding,
         "FactorizedLinear": _from_linear,
         "TRL": _from_regression,
     }
@@ -212,11 +220,25 @@ _OPTIONS = ("stride", "padding", "dilation")
 def _from_linear(linear: Any) -> nn.Module | None:
     if linear.n_layers != 1:
         return None
-    shapes = linear.weight.tensorized_shape
-    outputs, inputs = ((side,) if isinstance(side, int) else tuple(side) for side in shapes)
-    layer = _built_linear(linear, outputs, inputs)
+    layer = _built_linear(linear, *_sides(linear))
     layer.bias = linear.bias
     return layer
+
+
+def _from_embedding(embedding: Any) -> nn.Module | None:
+    if embedding.n_layers != 1:
+        return None
+    rows, columns = _sides(embedding)
+    if len(rows) == len(columns) == 1:
+        return _built(embedding, TuckerEmbedding, (*rows, *columns), {})
+    return _built(embedding, TuckerTensorEmbedding, (rows, columns), {})
+
+
+def _sides(module: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of rows and columns of a weight that is a matrix."""
+    shapes = module.weight.tensorized_shape
+    rows, columns = ((side,) if isinstance(side, int) else tuple(side) for side in shapes)
+    return rows, columns
 
 
 def _from_regression(regression: Any) -> nn.Module | None:
@@ -252,7 +274,9 @@ def _built(
     point = _orthonormal(core.permute(modes), [factors[mode] for mode in modes])
     make: Any = kind
     # On the meta device nothing is drawn: the state of the random generators stays.
-    layer: TuckerModule = make(*sizes, ranks=1, bias=False, device="meta", **options)
+    if not issubclass(kind, EmbeddingModule):
+        options = {**options, "bias": False}
+    layer: TuckerModule = make(*sizes, ranks=1, device="meta", **options)
     layer.core = own_parameter(point.core.to(core.dtype), core.requires_grad)
     layer.factors = nn.ParameterList(
         own_parameter(factor.to(core.dtype), False) for factor in point.factors
@@ -276,29 +300,39 @@ def _theirs(layer: TuckerModule, tltorch: Any) -> Any:
         return None
     core, factors = _parameters(layer)
     # Built around a tensor they would register it twice; and on the meta device nothing is drawn.
-    options = {
-        "factorization": "tucker",
-        "rank": tuple(core.shape),
-        "bias": False,
-        "device": "meta",
-    }
+    options = {"factorization": "tucker", "rank": tuple(core.shape), "device": "meta"}
     if type(layer) in _CONVS.values():
         sizes = _conv_options(layer)
         if sizes is None:
             return None
-        new = tltorch.FactorizedConv(**sizes, **options)
+        new = tltorch.FactorizedConv(**sizes, bias=False, **options)
         new.weight = tltorch.TuckerTensor(core, factors)
     elif type(layer) in (TuckerLinear, TuckerTensorLinear):
-        outputs = layer.out_modes if isinstance(layer, TuckerTensorLinear) else 1
-        sides = layer.shape[:outputs], layer.shape[outputs:]
+        sides = _split(layer)
         # Their contraction takes as many output modes as there are input modes.
         way = "factorized" if len(sides[0]) == len(sides[1]) else "reconstructed"
-        new = tltorch.FactorizedLinear(*reversed(sides), implementation=way, **options)
+        new = tltorch.FactorizedLinear(*reversed(sides), implementation=way, bias=False, **options)
         new.weight = tltorch.factorized_tensors.TuckerTensorized(core, factors, sides)
+    elif type(layer) in (TuckerEmbedding, TuckerTensorEmbedding):
+        if layer.padding_idx is not None or layer.scale_grad_by_freq:
+            return None
+        sides = _split(layer)
+        names = "tensorized_num_embeddings", "tensorized_embedding_dim"
+        shapes = dict(zip(names, sides, strict=True))
+        new = tltorch.FactorizedEmbedding(
+            *layer.weight_shape, auto_tensorize=False, **shapes, **options
+        )
+        new.weight = tltorch.factorized_tensors.TuckerTensorized(core, factors, sides)
+        return new.train(layer.training)
     else:
         return None
     new.bias = layer.bias
     return new.train(layer.training)
+
+
+def _split(layer: TuckerModule) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of rows and columns of a weight that is a matrix."""
+    return layer.split if isinstance(layer, TensorModule) else (layer.shape[:1], layer.shape[1:])
 
 
 def _conv_options(layer: Any) -> dict[str, Any] | None:

@@ -114,8 +114,8 @@ def dense_state_dict(state_dict: Mapping[str, Any]) -> "OrderedDict[str, Any]":
     -------
     OrderedDict of str to Tensor
         ``weight`` instead of ``core``, ``factors.0`` ...; all else, such as biases, is the same.
-        The weight of a `TuckerTensorLinear` is the tensor, as a state does not say which modes are
-        rows: reshape it to ``(out_features, in_features)``.
+        The weight of a `TuckerTensorLinear` or `TuckerTensorEmbedding` is the tensor, as a state
+        does not say which modes are rows: reshape it to the matrix.
 
     Examples
     --------

@@ -17,6 +17,7 @@ from geotucker_torch import (
     TuckerConvTranspose3d,
     TuckerEmbedding,
     TuckerLinear,
+    TuckerTensorEmbedding,
     TuckerTensorLinear,
     factorize,
     spectra,
@@ -83,6 +84,7 @@ def test_modes_have_names():
         (TuckerConvTranspose3d(5, 4, 3), ("in", "out", "depth", "height", "width")),
         (TuckerEmbedding(5, 4), ("rows", "columns")),
         (TuckerTensorLinear((2, 3), (4,)), ("out 1", "in 1", "in 2")),
+        (TuckerTensorEmbedding((2, 3), (4,)), ("rows 1", "rows 2", "columns 1")),
     ):
         assert spectra(layer).weights[0].modes == layer.mode_names == modes
 

@@ -28,7 +28,7 @@ from geotucker_torch import (
     plan,
     save_checkpoint,
 )
-from geotucker_torch._tensor_linear import near_equal_factors, split_of
+from geotucker_torch._tensor_module import near_equal_factors, split_of
 from geotucker_torch._tensor_plan import TensorSizes, cheapest_projections, operations, price
 from geotucker_torch._tensorised import tensor_linear
 
@@ -73,7 +73,7 @@ def test_every_order_of_contraction_gives_the_same(drawn):
     if layer.bias is not None:
         expected = expected - layer.bias.reshape(layer.out_shape)
     factors = list(layer.factors)
-    sides = factors[: layer.out_modes], factors[layer.out_modes :]
+    sides = factors[: layer.row_modes], factors[layer.row_modes :]
     for projected in itertools.product([True, False], repeat=len(factors)):
         y = tensor_linear(rows, layer.core, *sides, projected)
         torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)

@@ -187,10 +187,10 @@ def test_every_rule(rule: Any) -> None:
         assert size <= 0.6 * sum(p.numel() for p in Words(30, 24).parameters())
 
 
-def test_only_linear_layers_are_reshaped() -> None:
+def test_embeddings_and_linear_layers_are_reshaped_together() -> None:
     model = factorize(Words(), 2, tensorise=2, verbose=False)
     assert_tied(model)
-    assert model.head.shape == (20, 12)
+    assert model.head.shape == model.embed.shape == (4, 5, 3, 4)
     assert model.inner.shape == (3, 4, 3, 4)
 
 

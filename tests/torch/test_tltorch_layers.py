@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import math
 import subprocess
 import sys
 
@@ -20,8 +21,10 @@ from geotucker_torch import (
     TuckerConv1d,
     TuckerConv2d,
     TuckerConv3d,
+    TuckerEmbedding,
     TuckerLinear,
     TuckerModule,
+    TuckerTensorEmbedding,
     TuckerTensorLinear,
     factorize,
     from_tltorch,
@@ -111,6 +114,58 @@ def test_linear_layers(tltorch, inputs, outputs, rank, lead, bias, implementatio
     close(back(x), expected)
 
 
+# What turns indices into those of each mode is NumPy, which they give tensors.
+NUMPY = "ignore:__array__ implementation:DeprecationWarning"
+
+
+@pytest.mark.filterwarnings(NUMPY)
+@shares_the_fixture
+@given(
+    rows=SIDES,
+    columns=SIDES,
+    rank=st.integers(1, 3),
+    shape=st.sampled_from([(3,), (2, 5)]),
+)
+def test_embeddings(tltorch, rows, columns, rank, shape):
+    number, size = math.prod(rows), math.prod(columns)
+    theirs = filled(
+        tltorch.FactorizedEmbedding(
+            number, size, auto_tensorize=False, tensorized_num_embeddings=rows,
+            tensorized_embedding_dim=columns, factorization="tucker",
+            rank=(rank,) * len(rows + columns), **DOUBLE,
+        )
+    )  # fmt: skip
+    x = torch.randint(number, shape)
+    expected, table = theirs(x), theirs(torch.arange(number))
+    ours = from_tltorch(theirs)
+    matrix = len(rows) == len(columns) == 1
+    assert type(ours) is (TuckerEmbedding if matrix else TuckerTensorEmbedding)
+    check_orthonormal(ours.point)
+    close(ours(x), expected)
+    close(ours.dense_weight(), table)
+    back = to_tltorch(ours)
+    assert type(back) is tltorch.FactorizedEmbedding
+    assert back.tensor_shape == (rows, columns) and tuple(back.rank) == ours.ranks
+    close(back(x), expected)
+    assert from_tltorch(back).ranks == ours.ranks
+
+
+@pytest.mark.filterwarnings(NUMPY)
+def test_embeddings_as_they_build_them(tltorch):
+    for module in (
+        tltorch.FactorizedEmbedding(60, 20, factorization="tucker", rank=(2,) * 4,
+                                    n_tensorized_modes=2),
+        tltorch.FactorizedEmbedding.from_embedding(nn.Embedding(60, 20), 2 * (3,) + 2 * (2,),
+                                                   "tucker"),
+    ):  # fmt: skip
+        filled(module).double()
+        x = torch.randint(60, (4, 3))
+        expected = module(x)
+        ours = from_tltorch(nn.Sequential(module.eval()))[0]
+        assert type(ours) is TuckerTensorEmbedding and not ours.training
+        close(ours(x), expected)
+
+
 @shares_the_fixture
 @given(inputs=SIDES, outputs=SIDES, rank=st.integers(1, 3), bias=st.booleans())
 def test_regression_layers(tltorch, inputs, outputs, rank, bias):
@@ -124,7 +179,9 @@ def test_regression_layers(tltorch, inputs, outputs, rank, bias):
     expected = theirs(x)
     ours = from_tltorch(theirs)
     close(ours(x), expected)
-    close(to_tltorch(ours)(x), expected)
+    back = to_tltorch(ours)
+    assert type(back[1]) is tltorch.FactorizedLinear
+    close(back(x), expected)
 
 
 def test_whole_models_keep_modes_biases_and_what_is_shared(tltorch):
@@ -177,7 +234,7 @@ def stays(tltorch):
         "joint linear": tltorch.FactorizedLinear((2, 2), (2, 2), n_layers=2, **tucker),
         "joint regression": tltorch.TRL((2, 2), (2,), n_layers=2, **tucker),
         "cp": tltorch.FactorizedConv(3, 4, (3, 3), factorization="cp", rank=3),
-        "embedding": tltorch.FactorizedEmbedding(16, 4, **tucker),
+        "joint embedding": tltorch.FactorizedEmbedding(16, 4, n_layers=2, **tucker),
         "contraction": tltorch.TCL((4, 3), 2),
         "dense": nn.Linear(3, 4),
         "complex": spectral(tltorch),
@@ -186,7 +243,7 @@ def stays(tltorch):
 
 NAMES = [
     "hooked", "tied", "dropped", "derived", "joint", "joint linear", "joint regression", "cp",
-    "embedding", "contraction", "dense", "complex",
+    "joint embedding", "contraction", "dense", "complex",
 ]  # fmt: skip
 
 
@@ -204,8 +261,10 @@ def test_what_has_no_counterpart_stays(tltorch, name):
         TuckerConv2d(4, 4, 3, 2, padding=1, padding_mode="circular"),
         TuckerConv2d(4, 4, 2, 2, padding="same"),
         type("Derived", (TuckerLinear,), {})(4, 4, 2),
+        TuckerTensorEmbedding((2, 3), (4,), 2, padding_idx=0),
+        TuckerEmbedding(6, 4, 2, scale_grad_by_freq=True),
     ],
-    ids=["groups", "padding mode", "uneven padding", "subclass"],
+    ids=["groups", "padding mode", "uneven padding", "subclass", "padding index", "frequencies"],
 )
 def test_what_they_do_not_have_stays_ours(tltorch, layer):
     assert to_tltorch(layer) is layer
@@ -286,7 +345,7 @@ def train(model, call, target, steps=30, rule=None):
     return optimizer
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # theirs
+@pytest.mark.filterwarnings(NUMPY)
 def test_embeddings_train_in_place(tltorch):
     torch.manual_seed(0)
     embedding = tltorch.FactorizedEmbedding(16, 6, factorization="tucker", rank=(2,) * 4,
