@@ -183,10 +183,12 @@ class Budget:
         ]
         least = sum(_cost(tensor, tensor.lower) for tensor in tensors)
         if least > budget:
+            # A lookup in a dense table costs nothing.
+            part = f"{least / dense:.4g} of the dense tensors' {dense}" if dense else "dense: none"
             raise RankError(
-                f"{self._unit}: expected at least {least} ({least / dense:.4g} of the dense "
-                f"tensors' {dense}), which the least ranks take with floor = {self.floor}, got "
-                f"{amount}" + (f" ({budget:.6g})" if _is_fraction(amount) else "")
+                f"{self._unit}: expected at least {least} ({part}), which the least ranks take "
+                f"with floor = {self.floor}, got {amount}"
+                + (f" ({budget:.6g})" if _is_fraction(amount) else "")
             )
         aim = USED * budget if _is_fraction(amount) else 0.0
         best = allocate(tensors, budget, (aim, MORE))

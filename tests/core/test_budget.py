@@ -537,3 +537,10 @@ def test_budgets_that_cannot_be_kept(what):
     call, message = ERRORS[what]
     with pytest.raises(gt.RankError, match=re.escape(message)):
         call()
+
+
+def test_tensors_that_cost_nothing_dense_have_no_budget_of_a_fraction():
+    point = gt.hosvd(np.ones((4, 3)), 1)
+    free = gt.Facts(flops=gt.Cost(lambda ranks: 7 * ranks[0], 0))
+    with pytest.raises(gt.RankError, match=r"flops: expected at least 7 \(dense: none\)"):
+        gt.truncate([point], gt.Budget(flops=0.5), [free])
