@@ -135,7 +135,7 @@ def right_bases(core: Array) -> list[Array]:
     return [found[mode] for mode in range(len(_ops.shape(core)))]
 
 
-def right_bases_of(cores: Sequence[tuple[Array, Iterable[int]]]) -> list[dict[int, Array]]:
+def right_bases_of(cores: Iterable[tuple[Array, Iterable[int]]]) -> list[dict[int, Array]]:
     """Return `right_basis` of some modes of each core, those of like shapes at once."""
     wanted = [(core, list(modes)) for core, modes in cores]
     rows = [(_ops.transpose(_ops.unfold(core, mode)),) for core, modes in wanted for mode in modes]

@@ -43,6 +43,11 @@ class Truncation(NamedTuple):
     rotations: tuple[Array, ...]
     error_bound: float
 
+    @property
+    def shrunk(self) -> tuple[int, ...]:
+        """The modes that have lost something."""
+        return tuple(mode for mode, p in enumerate(self.rotations) if not _is_square(p))
+
     def turn(self, tensor: Array, skip: int | None = None) -> Array:
         """Return ``tensor x_i P_i^T`` over all modes but `skip`.
 

@@ -112,16 +112,11 @@ def carry(
     >>> abs(moment.core).round(9).tolist(), [abs(k).round(9).tolist() for k in moment.factors]
     ([[1.0]], [[[0.0], [1.0]], [[0.0], [1.0]]])
     """
-    parts = []
-    for mode, (p, u, still) in enumerate(
-        zip(cut.rotations, wide.factors, zero(cut.point), strict=True)
-    ):
-        if _ops.shape(p)[0] == _ops.shape(p)[1]:  # nothing of the wide basis is outside this one
-            parts.append(still)
-        else:
-            g = _ops.unfold(cut.turn(moment, skip=mode), mode)
-            q = right_basis(cut.point.core, mode) if right is None else right[mode]
-            parts.append(u @ velocity(p, g, q))
+    parts = list(zero(cut.point))  # nothing of an unchanged basis is outside of it
+    for mode in cut.shrunk:
+        g = _ops.unfold(cut.turn(moment, skip=mode), mode)
+        q = right_basis(cut.point.core, mode) if right is None else right[mode]
+        parts[mode] = wide.factors[mode] @ velocity(cut.rotations[mode], g, q)
     return TuckerTangent(cut.turn(moment), tuple(parts))
 
 

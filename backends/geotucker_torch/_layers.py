@@ -13,7 +13,7 @@ from geotucker._tensor import pad
 
 from ._contract import contract, dense_weight, without_autocast
 from ._lift import lifting
-from ._lifted import Extension, Lift, Waiting
+from ._lifted import Extension, Lift, Right, Waiting
 from ._maps import ConvMap, LayerMap, LinearMap
 from ._plan import Sizes
 from ._point import own_parameter, read_point, write_point
@@ -100,7 +100,7 @@ class TuckerModule(nn.Module):
     extension: Extension = _of_lift("extension")
     loss_scale: Tensor | float = _of_lift("loss_scale")
     narrow: gt.TuckerPoint | None = _of_lift("narrow")
-    right: Sequence[Tensor | None] | None = _of_lift("right")
+    right: Right | None = _of_lift("right")
     lifted_norm: Tensor | None = _of_lift("lifted_norm")
     uses: int = _of_lift("uses")
     waiting: Waiting = _of_lift("waiting")
@@ -398,7 +398,7 @@ class TuckerModule(nn.Module):
         return self.narrow if self.narrow is not None and self._untouched else self.point
 
     @torch.no_grad()
-    def lift(self, wide: gt.TuckerPoint, right: Sequence[Tensor | None]) -> None:
+    def lift(self, wide: gt.TuckerPoint, right: Right) -> None:
         """Take the wider bases of the same weight that ``augment`` has returned.
 
         A gradient that the core has already is padded with zeros. `right`, the Q_i of the core, is

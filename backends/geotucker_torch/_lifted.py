@@ -12,7 +12,11 @@ if TYPE_CHECKING:
     from ._layers import TuckerModule
     from ._peers import Peers
 
-__all__ = ["Extension", "Lift", "Use", "Waiting"]
+__all__ = ["Extension", "Lift", "Right", "Use", "Waiting"]
+
+
+Right: TypeAlias = Sequence[Tensor | None]
+"""The Q_i of ``Mat_i(C)^T = Q_i S_i^T``, of the modes whose bases do not span everything."""
 
 
 class Extension(NamedTuple):
@@ -39,8 +43,7 @@ class Use(NamedTuple):
         The point; it shares its memory with the parameters of that moment.
     directions : list of Tensor, shapes (n_i, r_i) or (n_i, 0)
         The ``grad_{K_i} L``, if they are wanted.
-    right : list of Tensor or None
-        The Q_i of ``Mat_i(C)^T = Q_i S_i^T``.
+    right : Right
     tangent : Tensor, optional
         Gradient of the core, if the directions and it are all that counts.
     whole : callable, optional
@@ -49,7 +52,7 @@ class Use(NamedTuple):
 
     point: gt.TuckerPoint
     directions: list[Tensor]
-    right: list[Tensor | None]
+    right: Right
     tangent: Tensor | None
     whole: Callable[[Sequence[Tensor]], Tensor] | None
 
@@ -74,7 +77,7 @@ class Lift:
     # Q_i of Mat_i(C)^T = Q_i S_i^T of its incomplete modes; the largest entry of the gradient that
     # it left then, and the version of the core that it wrote.
     narrow: gt.TuckerPoint | None = None
-    right: Sequence[Tensor | None] | None = None
+    right: Right | None = None
     lifted_norm: Tensor | None = None
     version: int = 0
     # Forward passes since the bases were last moved: more than one may be in one graph.

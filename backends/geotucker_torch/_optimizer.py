@@ -6,7 +6,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from ._finite import Largest, check_finite, largest_of
 from ._guard import restored_if_it_fails
 from ._history import RankHistory
 from ._layers import TuckerModule
-from ._lifted import Extension, Lift, Waiting
+from ._lifted import Extension, Lift, Right, Waiting
 from ._peers import Peers, group_of, is_joint
 from ._point import orthonormal
 from ._rules import Rules, flops_of
@@ -31,10 +31,10 @@ from ._state import (
     carry_state,
     drift,
     has_moments,
-    incomplete,
     lift_state,
     mark_core,
     regauge_states,
+    right_of,
 )
 
 __all__ = ["INTEGRATORS", "TDLRT"]
@@ -45,9 +45,6 @@ _EARLY = 1000  # heuristic, from LeNet-5: with every second step from the start 
 
 # Adafactor's, over rows and over columns: of as many dimensions as the parameter, but smaller.
 _SUMS = ("row_var", "col_var")
-
-Right: TypeAlias = Sequence[Tensor | None]
-"""The Q_i of ``Mat_i(C)^T = Q_i S_i^T``, of the modes whose bases do not span everything."""
 
 
 class TDLRT(Optimizer):
@@ -379,8 +376,8 @@ class TDLRT(Optimizer):
             largest = self._largest_gradients()
             right |= self._settle(slots)
             before = [slot.core.detach().clone() for slot in slots]
-            for slot in slots:
-                mark_core(self.state.get(slot.core, {}), slot.core)
+            for slot, core in zip(slots, before, strict=True):
+                mark_core(self.state.get(slot.core, {}), core)
             self.wrapped.step()
             if self.match_rms:
                 self._scale_steps(slots, previous, before)
@@ -513,8 +510,7 @@ class TDLRT(Optimizer):
                     d + v[:, : t.shape[1]] @ t.T
                     for d, v, t in zip(directions, moving, s, strict=True)
                 ]
-            (bases,) = right_bases_of([(old.core, incomplete(old))])
-            found[slot.name] = [bases.get(mode) for mode in range(old.order)]
+            found[slot.name] = right_of(old)
             slot.write(gt.augment(old, directions))
             self._lift_state(slot, old, found[slot.name])
         return found
@@ -539,21 +535,8 @@ class TDLRT(Optimizer):
         """Take the truncated points, and carry the moments along."""
         carried = [has_moments(self.state.get(slot.core, {})) for slot, _ in cuts]
         right = right_bases_of(
-            [
-                (
-                    cut.point.core,
-                    [
-                        m
-                        for m, (r, k) in enumerate(
-                            zip(slot.core.shape, cut.point.ranks, strict=True)
-                        )
-                        if k < r
-                    ]
-                    if wanted
-                    else [],
-                )
-                for (slot, cut), wanted in zip(cuts, carried, strict=True)
-            ]
+            (cut.point.core, cut.shrunk if wanted else ())
+            for (_, cut), wanted in zip(cuts, carried, strict=True)
         )
         for (slot, cut), wanted, bases in zip(cuts, carried, right, strict=True):
             wide = slot.point

@@ -34,7 +34,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 import geotucker as gt
-from geotucker._geometry import right_bases_of
 from geotucker._moments import zero
 
 from ._collectives import (
@@ -53,7 +52,7 @@ from ._layers import TuckerModule
 from ._lift import finish
 from ._lifted import Use
 from ._slots import Slot
-from ._state import incomplete
+from ._state import right_of
 
 __all__ = ["Peers", "group_of", "is_first", "is_joint", "is_sharded"]
 
@@ -325,11 +324,7 @@ def _part(layer: TuckerModule, uses: Sequence[Use]) -> Part:
 def _joint(layer: TuckerModule, uses: Sequence[Use], mean: list[Tensor]) -> Use:
     """Return one use that stands for those on all processes, at least one of which has used it."""
     point = layer.point
-    if uses:
-        right = uses[0].right
-    else:
-        (bases,) = right_bases_of([(point.core, incomplete(point))])
-        right = [bases.get(mode) for mode in range(point.order)]
+    right = uses[0].right if uses else right_of(point)
     if not layer.extension.galerkin:
         gradient, *directions = mean
         return Use(point, directions, right, gradient, None)

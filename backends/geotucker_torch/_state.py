@@ -17,14 +17,16 @@ import geotucker as gt
 from geotucker._geometry import right_bases_of
 from geotucker._moments import carry, lift, lift_squares, regauge, rotate_squares, zero
 
+from ._lifted import Right
+
 __all__ = [
     "carry_state",
     "drift",
     "has_moments",
-    "incomplete",
     "lift_state",
     "mark_core",
     "regauge_states",
+    "right_of",
 ]
 
 _TANGENT = "tangent"
@@ -42,7 +44,7 @@ def lift_state(
     state: dict[str, Any],
     point: gt.TuckerPoint,
     wide: gt.TuckerPoint,
-    right: Sequence[Tensor | None] | None = None,
+    right: Right | None = None,
 ) -> dict[str, Any]:
     """Return the state for the core of ``wide = augment(point, ...)``; `right` as in `lift`.
 
@@ -77,10 +79,10 @@ def carry_state(
 
 
 def mark_core(state: dict[str, Any], core: Tensor) -> None:
-    """Remember the core that the basis parts belong to, before it is stepped."""
+    """Remember the core that the basis parts belong to, before it is stepped: a copy of it."""
     tangent = state.get(_TANGENT)
     if tangent and _CORE not in tangent:
-        tangent[_CORE] = (core.detach().clone(),)
+        tangent[_CORE] = (core,)
 
 
 def regauge_states(states: Sequence[dict[str, Any]], points: Sequence[gt.TuckerPoint]) -> None:
@@ -91,7 +93,7 @@ def regauge_states(states: Sequence[dict[str, Any]], points: Sequence[gt.TuckerP
         if _CORE in state.get(_TANGENT, {})
     ]
     cores = [
-        (core, incomplete(point))
+        (core, _incomplete(point))
         for tangent, point in stepped
         for core in (*tangent.pop(_CORE), point.core)
     ]
@@ -102,9 +104,15 @@ def regauge_states(states: Sequence[dict[str, Any]], points: Sequence[gt.TuckerP
             tangent[key] = regauge(parts, old, new)
 
 
-def incomplete(point: gt.TuckerPoint) -> list[int]:
+def _incomplete(point: gt.TuckerPoint) -> list[int]:
     """Return the modes whose bases do not span everything: the others never move."""
     return [m for m, (n, r) in enumerate(zip(point.shape, point.ranks, strict=True)) if r < n]
+
+
+def right_of(point: gt.TuckerPoint) -> Right:
+    """Return the Q_i of a point's core."""
+    (bases,) = right_bases_of([(point.core, _incomplete(point))])
+    return [bases.get(mode) for mode in range(point.order)]
 
 
 def has_moments(state: Mapping[str, Any]) -> bool:
