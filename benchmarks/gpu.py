@@ -15,17 +15,14 @@ import csv
 import statistics
 import time
 from collections.abc import Callable
-from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from networks import NETWORKS, at_compression
+from networks import NETWORKS, trainings
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-
-from geotucker_torch import TDLRT
 
 RESULTS = Path(__file__).parent / "results" / "gpu.csv"
 FIELDS = ["network", "method", "ms", "launches", "peak_mib", "device", "torch"]
@@ -35,27 +32,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "TDLRT, whole gradient": {"integrator": "tdlrt", "basis_every": 1},
     "TDLRT between bases": {"basis_every": 10**9},
 }
-
-
-def sgd(model: nn.Module) -> torch.optim.SGD:
-    return torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-
-
-def methods(dense: nn.Module) -> dict[str, tuple[nn.Module, torch.optim.Optimizer]]:
-    """Return models and optimizers by name."""
-    small, _ = at_compression(deepcopy(dense).cpu(), 0.1)
-    small = small.cuda()
-    plain = deepcopy(small)
-    for parameter in plain.parameters():
-        parameter.requires_grad_(True)
-    found: dict[str, tuple[nn.Module, torch.optim.Optimizer]] = {
-        "dense": (dense, sgd(dense)),
-        "descent on core and factors": (plain, sgd(plain)),
-    }
-    for name, options in SETTINGS.items():
-        model = deepcopy(small)
-        found[name] = (model, TDLRT(sgd(model), model, **options))
-    return found
 
 
 def stepper(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
@@ -103,7 +79,7 @@ def main(
         raise typer.Exit(1)
     rows = []
     for network, build in NETWORKS.items():
-        for name, (model, optimizer) in methods(build().cuda()).items():
+        for name, (model, optimizer) in trainings(build().cuda(), SETTINGS).items():
             step = stepper(model, optimizer)
             for _ in range(3):
                 step()

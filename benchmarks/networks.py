@@ -1,12 +1,14 @@
-"""The whole networks of the benchmarks, in the shapes of CIFAR-10."""
+"""The whole networks of the benchmarks, in the shapes of CIFAR-10, and how they are trained."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import geotucker as gt
-from geotucker_torch import factorize, plan
+from geotucker_torch import TDLRT, factorize, plan
 
 _VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)  # 0: pool
 _RESNET18 = ((64, 1), (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), (512, 1))
@@ -70,6 +72,33 @@ def at_compression(model: nn.Module, kept: float) -> tuple[nn.Module, float]:
         else:
             high = middle
     return factorize(model, gt.Fixed(low), exclude=first, verbose=False), low
+
+
+def sgd(model: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+
+
+def trainings(
+    dense: nn.Module, settings: Mapping[str, Mapping[str, Any]]
+) -> dict[str, tuple[nn.Module, torch.optim.Optimizer]]:
+    """Return models and optimizers by name: the dense network, and it with a tenth of its size.
+
+    That by descent on core and factors, and by `TDLRT` with each of the settings; all on the
+    device of the dense one.
+    """
+    device = next(dense.parameters()).device
+    small = at_compression(deepcopy(dense).cpu(), 0.1)[0].to(device)
+    plain = deepcopy(small)
+    for parameter in plain.parameters():
+        parameter.requires_grad_(True)
+    found: dict[str, tuple[nn.Module, torch.optim.Optimizer]] = {
+        "dense": (dense, sgd(dense)),
+        "descent on core and factors": (plain, sgd(plain)),
+    }
+    for name, options in settings.items():
+        model = deepcopy(small)
+        found[name] = model, TDLRT(sgd(model), model, **options)
+    return found
 
 
 class _Block(nn.Module):

@@ -16,20 +16,18 @@ import csv
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any
 from unittest.mock import patch
 
 import torch
 import typer
-from networks import NETWORKS, at_compression
+from networks import NETWORKS, trainings
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import geotucker as gt
 from geotucker import _ops
-from geotucker_torch import TDLRT
 
 RESULTS = Path(__file__).parent / "results" / "operations.csv"
 FIELDS = ["network", "method", "operations", "decompositions", "waits", "torch"]
@@ -99,28 +97,12 @@ def count(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, int,
     return operations, sum(counts[name] for name in _DECOMPOSITIONS), waits
 
 
-def sgd(model: nn.Module) -> torch.optim.SGD:
-    return torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-
-
 def main(out: Annotated[Path, typer.Option(help="The table.")] = RESULTS) -> None:
     """Count, write the table and print it."""
     rows: list[tuple[Any, ...]] = []
     for network, build in NETWORKS.items():
         torch.manual_seed(0)
-        dense = build()
-        small, _ = at_compression(deepcopy(dense), 0.1)
-        plain = deepcopy(small)
-        for parameter in plain.parameters():
-            parameter.requires_grad_(True)
-        methods: dict[str, tuple[nn.Module, torch.optim.Optimizer]] = {
-            "dense": (dense, sgd(dense)),
-            "descent on core and factors": (plain, sgd(plain)),
-        }
-        for name, options in SETTINGS.items():
-            model = deepcopy(small)
-            methods[name] = model, TDLRT(sgd(model), model, **options)
-        for name, (model, optimizer) in methods.items():
+        for name, (model, optimizer) in trainings(build(), SETTINGS).items():
             rows.append((network, name, *count(model, optimizer), torch.__version__))
             typer.echo("  ".join(map(str, rows[-1])))
     out.parent.mkdir(exist_ok=True)

@@ -31,7 +31,7 @@ import tensorly
 import torch
 import typer
 from measuring import Timed, Times, interleaved, peak_bytes, shares
-from networks import NETWORKS, at_compression
+from networks import NETWORKS, at_compression, sgd
 from torch import Tensor, nn
 
 import geotucker as gt
@@ -155,20 +155,16 @@ class Training:
         return Timed(self.step, 1 if period == NEVER else period)
 
 
-def _sgd(model: nn.Module) -> torch.optim.SGD:
-    return torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-
-
 def layer_trainings(dense: Any, x: Tensor) -> dict[str, Training]:
     """Return the methods for a sequence of one layer; ratios refer to the first, the dense one."""
-    methods = {"dense": Training(dense, x, _sgd(dense))}
+    methods = {"dense": Training(dense, x, sgd(dense))}
     plain = _tucker(dense)
     for factor in plain[0].factors:
         factor.requires_grad_(True)
-    methods["descent on core and factors"] = Training(plain, x, _sgd(plain))
+    methods["descent on core and factors"] = Training(plain, x, sgd(plain))
     for implementation in ("factorized", "reconstructed"):
         other = nn.Sequential(tltorch_layer(dense[0], implementation))
-        methods[f"tltorch {implementation}"] = Training(other, x, _sgd(other))
+        methods[f"tltorch {implementation}"] = Training(other, x, sgd(other))
     settings: dict[str, dict[str, Any]] = {
         "TDLRT, whole gradient, one pass": {"integrator": "tdlrt", "basis_every": 1},
         "TDLRT, whole gradient, two passes": {"one_pass": False, "basis_every": 1},
@@ -178,7 +174,7 @@ def layer_trainings(dense: Any, x: Tensor) -> dict[str, Training]:
     }
     for name, options in settings.items():
         model = _tucker(dense)
-        optimizer = TDLRT(_sgd(model), model, **options)
+        optimizer = TDLRT(sgd(model), model, **options)
         methods[name] = Training(model, x, optimizer, closure="one_pass" in options)
     return methods
 
@@ -238,8 +234,8 @@ def network_rows(case: Case, quick: bool, repeats: int) -> list[Row]:
     dense, x = case.draw(quick)
     model, fraction = at_compression(deepcopy(dense), KEPT)
     trainings = {
-        "dense": Training(dense, x, _sgd(dense)),
-        "TDLRT, default": Training(model, x, TDLRT(_sgd(model), model, **DEFAULT)),
+        "dense": Training(dense, x, sgd(dense)),
+        "TDLRT, default": Training(model, x, TDLRT(sgd(model), model, **DEFAULT)),
     }
     rows = training_rows(trainings, repeats)
     for row, training in zip(rows, trainings.values(), strict=True):

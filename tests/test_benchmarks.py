@@ -168,8 +168,8 @@ def test_what_the_scripts_beside_others_share(
 
 
 def test_operations_of_a_step() -> None:
-    from networks import NETWORKS, at_compression
-    from operations import count, sgd
+    from networks import NETWORKS, at_compression, sgd
+    from operations import count
 
     from geotucker_torch import TDLRT
 

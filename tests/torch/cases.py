@@ -4,12 +4,14 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import assume
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import geotucker as gt
+from geotucker._geometry import augment_all, mode_gradients, right_basis
 from geotucker_torch import (
     TDLRT,
     TuckerConv1d,
@@ -194,3 +196,38 @@ def transposed(draw: st.DrawFn) -> tuple[TuckerModule, Tensor]:
     )
     x = torch.randn(layer.in_channels, *[n] * order, **DOUBLE)
     return layer, x if draw(st.booleans()) else torch.stack([x, x.flip(1)])
+
+
+def backward_with_exact_directions(
+    layer: TuckerModule, x: Tensor, g: Tensor, smallest: float, monkeypatch: pytest.MonkeyPatch
+) -> tuple[gt.TuckerPoint, Tensor]:
+    """Lift a layer whose core has a small singular value in each mode; check what lifts it.
+
+    Returned are the point before and the gradient of the dense weight there, as a tensor.
+    """
+    core = torch.randn(layer.ranks, **DOUBLE)
+    for mode in range(core.dim()):
+        scales = torch.tensor([1.0, smallest], **DOUBLE)
+        core = torch.tensordot(torch.diag(scales), core, ([1], [mode])).movedim(0, mode)
+    with torch.no_grad():
+        layer.core.copy_(core)
+    found: list[Tensor] = []
+
+    def watched(points: Any, directions: Any) -> Any:
+        found.extend(directions[0])
+        return augment_all(points, directions)
+
+    monkeypatch.setattr("geotucker_torch._lift.augment_all", watched)
+    point = gt.TuckerPoint(layer.core.detach().clone(), tuple(layer.point.factors))
+    dense: Any = layer.to_dense()
+    optimizer = TDLRT(torch.optim.SGD(layer.parameters(), 0.1), layer)
+    layer(x).backward(g)
+    dense(x).backward(g)
+    gradient = dense.weight.grad.reshape(layer.shape)
+    modes = mode_gradients(point, gradient)
+    for mode, (seen, direction) in enumerate(zip(modes, found, strict=True)):
+        exact = seen @ right_basis(point.core, mode)  # Q_i is free up to rotation
+        error = (direction @ direction.T - exact @ exact.T).norm()
+        assert error <= 1e-12 * (exact @ exact.T).norm()
+    assert optimizer is not None
+    return point, gradient

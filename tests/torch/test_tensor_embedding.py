@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import geotucker as gt
-from geotucker._geometry import augment_all, mode_gradients, right_basis
 from geotucker.testing import check_orthonormal
 from geotucker_torch import (
     TDLRT,
@@ -32,7 +31,7 @@ from geotucker_torch import (
 from geotucker_torch._tensor_lookup import multi_index
 from geotucker_torch._tensor_plan import TensorSizes, cheapest_projections, operations, price
 
-from .cases import close, sgd, trained
+from .cases import backward_with_exact_directions, close, sgd, trained
 
 DOUBLE = {"dtype": torch.float64}
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple)
@@ -262,34 +261,10 @@ def test_the_gradient_in_wide_bases_is_the_dense_one(drawn, integrator):
 @pytest.mark.parametrize("smallest", [1.0, 1e-6, 1e-12])
 def test_directions_are_exact_at_any_singular_value(smallest, batch, monkeypatch):
     layer, _ = small()
-    core = torch.randn(2, 2, 2, 2, 2, **DOUBLE)
-    for mode in range(5):
-        scales = torch.tensor([1.0, smallest], **DOUBLE)
-        core = torch.tensordot(torch.diag(scales), core, ([1], [mode])).movedim(0, mode)
-    with torch.no_grad():
-        layer.core.copy_(core)
-    found = []
-
-    def watched(points, directions):
-        found.extend(directions[0])
-        return augment_all(points, directions)
-
-    monkeypatch.setattr("geotucker_torch._lift.augment_all", watched)
-    point = gt.TuckerPoint(layer.core.detach().clone(), tuple(layer.point.factors))
-    dense, x = layer.to_dense(), torch.randint(60, (batch,))
-    optimizer = TDLRT(torch.optim.SGD(layer.parameters(), 0.1), layer)
-    g = torch.randn(batch, 20, **DOUBLE)
-    layer(x).backward(g)
-    dense(x).backward(g)
-    modes = mode_gradients(point, dense.weight.grad.reshape(layer.shape))
-    for mode, (gradient, direction) in enumerate(zip(modes, found, strict=True)):
-        exact = gradient @ right_basis(point.core, mode)  # Q_i is free up to rotation
-        error = (direction @ direction.T - exact @ exact.T).norm()
-        assert error <= 1e-12 * (exact @ exact.T).norm()
-    tangent = gt.project(point, dense.weight.grad.reshape(layer.shape))
-    expected = gt.to_dense(gt.tangent_to_point(point, tangent))
+    x, g = torch.randint(60, (batch,)), torch.randn(batch, 20, **DOUBLE)
+    point, gradient = backward_with_exact_directions(layer, x, g, smallest, monkeypatch)
+    expected = gt.to_dense(gt.tangent_to_point(point, gt.project(point, gradient)))
     close(gt.to_dense((layer.core.grad, layer.point.factors)), expected)
-    assert optimizer is not None
 
 
 def test_micro_batches_lift_once_and_add_up():

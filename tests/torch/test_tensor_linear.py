@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 import geotucker as gt
-from geotucker._geometry import augment_all, mode_gradients, right_basis
 from geotucker.testing import check_orthonormal
 from geotucker_torch import (
     TDLRT,
@@ -31,6 +30,8 @@ from geotucker_torch import (
 from geotucker_torch._tensor_module import near_equal_factors, split_of
 from geotucker_torch._tensor_plan import TensorSizes, cheapest_projections, operations, price
 from geotucker_torch._tensorised import tensor_linear
+
+from .cases import backward_with_exact_directions
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple)
 
@@ -270,31 +271,9 @@ def test_the_tangent_gradient_is_the_projected_dense_one(drawn):
 @pytest.mark.parametrize("smallest", [1.0, 1e-6, 1e-12])
 def test_directions_are_exact_at_any_singular_value(smallest, batch, monkeypatch):
     layer, _ = small()
-    core = torch.randn(2, 2, 2, 2, dtype=torch.float64)
-    for mode in range(4):
-        scales = torch.tensor([1.0, smallest], dtype=torch.float64)
-        core = torch.tensordot(torch.diag(scales), core, ([1], [mode])).movedim(0, mode)
-    with torch.no_grad():
-        layer.core.copy_(core)
-    found = []
-
-    def watched(points, directions):
-        found.extend(directions[0])
-        return augment_all(points, directions)
-
-    monkeypatch.setattr("geotucker_torch._lift.augment_all", watched)
-    point = gt.TuckerPoint(layer.core.detach().clone(), tuple(layer.point.factors))
-    dense, x = layer.to_dense(), torch.randn(batch, 20, dtype=torch.float64)
-    optimizer = TDLRT(torch.optim.SGD(layer.parameters(), 0.1), layer)
+    x = torch.randn(batch, 20, dtype=torch.float64)
     g = torch.randn(batch, 30, dtype=torch.float64)
-    layer(x).backward(g)
-    dense(x).backward(g)
-    modes = mode_gradients(point, dense.weight.grad.reshape(layer.shape))
-    for mode, (gradient, direction) in enumerate(zip(modes, found, strict=True)):
-        exact = gradient @ right_basis(point.core, mode)  # Q_i is free up to rotation
-        error = (direction @ direction.T - exact @ exact.T).norm()
-        assert error <= 1e-12 * (exact @ exact.T).norm()
-    assert optimizer is not None
+    backward_with_exact_directions(layer, x, g, smallest, monkeypatch)
 
 
 def test_micro_batches_lift_once_and_add_up():
