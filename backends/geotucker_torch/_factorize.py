@@ -199,7 +199,8 @@ def factorize(
         See `geotucker.Fixed`, `geotucker.Tolerance` and `geotucker.Budget`. In a mapping the first
         pattern that matches a layer's dotted name counts, and layers without a match stay dense.
         A rule that weighs layers against each other sees all of its layers together. A budget
-        is one for the whole model (in parameters or bytes); in a mapping, for its layers.
+        is one for the whole model (in parameters or bytes); in a mapping, for its layers. Of a
+        schedule with a `start` the end chooses the layers, and the start their ranks.
     types : iterable of type
         Among ``nn.Linear``, ``nn.Embedding``, ``nn.ConvNd`` and ``nn.ConvTransposeNd`` in one to
         three dimensions (default: all).
@@ -403,7 +404,10 @@ def _survey(
 
 
 def _share(candidates: list[_Candidate], budget: gt.Budget, model: nn.Module) -> None:
-    """Share a budget for the whole model; what layers that stay dense take is spent first."""
+    """Share a budget for the whole model; what layers that stay dense take is spent first.
+
+    Where a schedule ends says which layers are to be Tucker layers, and its start their ranks.
+    """
     points = [_decomposed(candidate, gt.Tolerance(0.0)) for candidate in candidates]
     pairs = list(zip(candidates, points, strict=True))
     while pairs:
@@ -415,8 +419,14 @@ def _share(candidates: list[_Candidate], budget: gt.Budget, model: nn.Module) ->
             candidate.decide(cut.point.ranks)
         shrinking = [pair for pair in pairs if pair[0].ranks is not None]
         if len(shrinking) == len(pairs):
-            return
+            break
         pairs = shrinking
+    if pairs and budget.start is not None:
+        rule = whole_model(replace(budget.at(0), start=None), model, chosen, dense=True)
+        for (candidate, _), cut in zip(
+            pairs, gt.truncate([point for _, point in pairs], rule), strict=True
+        ):
+            candidate.point, candidate.ranks = cut.point, cut.point.ranks
 
 
 def _reshaped(candidate: _Candidate, requests: Mapping[str, Any]) -> Split | None:

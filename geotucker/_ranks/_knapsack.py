@@ -98,7 +98,7 @@ def fill(
     def one_each(cost: Ints, loss: Floats) -> Ints:
         order = np.lexsort((loss, cost // width))
         places = cost[order] // width
-        return np.asarray(order[np.append(True, places[1:] > places[:-1])])
+        return np.asarray(order[np.append(True, places[1:] > places[:-1])[: len(order)]])
 
     found = _search(tables, budget, price, worst, one_each)
     filling = [picks for picks in found if total_cost(tables, picks) >= least]

@@ -356,6 +356,14 @@ def test_the_budget_is_used_to_one_per_cent(shapes, decay, fraction):
     assert 0.99 * budget <= used <= budget
 
 
+def test_nothing_fills_a_budget_where_all_that_is_within_it_loses_too_much():
+    # as it happens where the best ranks are those of an earlier grid
+    table = _knapsack.Options(np.array([[1, 2]]), np.array([3, 5]), np.array([2.0, 1.0]))
+    assert _knapsack.fill([table, table], budget=10, least=9, price=0.0, worst=2.0) == [1, 1]
+    assert _knapsack.fill([table, table], budget=10, least=9, price=0.0, worst=0.5) is None
+    assert _knapsack.fill([table, table], budget=10, least=9, price=0.1, worst=0.5) is None
+
+
 def test_grids_move_to_a_choice_outside():
     # The first choice is off by more than the last windows reach.
     shapes = [(300, 200, 3), (200, 300, 3), (40, 40, 40)]

@@ -10,6 +10,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm
 
 import geotucker as gt
 from geotucker_torch import (
+    TDLRT,
     Factorization,
     TuckerConv1d,
     TuckerConv2d,
@@ -479,6 +480,24 @@ def test_untrained_weights_are_scaled_up_and_others_are_not() -> None:
         weight = factorize(copy.deepcopy(model), 8, rescale=rescale, verbose=False).dense_weight()
         nearest = gt.to_dense(gt.hosvd(model.weight.detach(), 8))
         assert (weight.norm() > 1.01 * nearest.norm()) == rescale
+
+
+def test_a_schedule_chooses_layers_by_its_end_and_ranks_by_its_start() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    dense = sum(p.numel() for p in model.parameters())
+    first = gt.Budget(parameters=0.9)  # at which the last layer gains nothing
+    assert isinstance(factorize(copy.deepcopy(model), first, verbose=False)[2], nn.Linear)
+    rule = gt.Budget(parameters=0.1, start=0.9, steps=4)
+    factorize(model, rule, verbose=False)
+    assert isinstance(model[2], TuckerLinear)
+    assert 0.88 <= sum(p.numel() for p in model.parameters()) / dense <= 0.9
+    optimizer = TDLRT(torch.optim.SGD(model.parameters(), 0.1), model, rule, basis_every=1)
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(torch.randn(32, 64)).square().mean().backward()
+        optimizer.step()
+    assert 0.08 <= sum(p.numel() for p in model.parameters()) / dense <= 0.1  # in ranks
 
 
 def test_a_budget_is_one_for_the_whole_model() -> None:

@@ -1,0 +1,73 @@
+"""Tables that fill up run by run, and go on from where they were left."""
+
+import csv
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from rich.progress import track
+
+Row = dict[str, Any]
+R = TypeVar("R", bound=NamedTuple)
+
+
+def fill(
+    path: Path, runs: Sequence[R], work: Callable[[R], Iterable[Mapping[str, Any]]], jobs: int
+) -> list[Row]:
+    """Do the runs that a table does not hold yet, each in a process with one thread.
+
+    The table is on disk, whole, after every run. Rows of runs that are not asked for stay.
+
+    Parameters
+    ----------
+    path : Path
+        The table, as CSV. Its first columns are the fields of a run.
+    runs : sequence of NamedTuple
+        In the order in which they start.
+    work : callable
+        A function of a module, that takes a run and returns its results, one row or several with
+        the same columns.
+    jobs : int
+        Runs side by side.
+
+    Returns
+    -------
+    list of dict
+        All rows of the table, as text.
+    """
+    rows = read(path)
+    done = {tuple(row.values())[: len(runs[0])] for row in rows}
+    todo = [run for run in runs if tuple(map(str, run)) not in done]
+    with ProcessPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        started = {pool.submit(_rows, work, run): run for run in todo}
+        for ended in track(as_completed(started), path.stem, len(todo)):
+            rows += ended.result()
+            _write(path, rows)
+    return rows
+
+
+def read(path: Path) -> list[Row]:
+    """Return the rows of a table, none where there is no table."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _rows(work: Callable[[R], Iterable[Mapping[str, Any]]], run: R) -> list[Row]:
+    """Return what a run gives, as text, each row with the run in front."""
+    key = run._asdict()
+    return [{k: str(v) for k, v in {**key, **row}.items()} for row in work(run)]
+
+
+def _write(path: Path, rows: Sequence[Row]) -> None:
+    """Replace a table; what it held is there until all of the new one is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    with part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    part.replace(path)
