@@ -7,6 +7,7 @@ all methods see the same images as often.
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import nn
 from training import Epoch, Recipe, train
@@ -31,10 +32,15 @@ def budget(kept: float, data: DataSet, recipe: Recipe) -> gt.Budget:
     return gt.Budget(parameters=kept, start=max(kept, START), steps=max(1, steps // 2))
 
 
-def tdlrt(model: nn.Module, kept: float, data: DataSet, recipe: Recipe) -> Iterator[Epoch]:
-    """Train in Tucker format by geotucker's defaults, ranks by a budget for the whole network."""
+def tdlrt(
+    model: nn.Module, kept: float, data: DataSet, recipe: Recipe, tensorise: Any = None
+) -> Iterator[Epoch]:
+    """Train in Tucker format by geotucker's defaults, ranks by a budget for the whole network.
+
+    `tensorise` names linear layers that are taken as tensors, see `geotucker_torch.factorize`.
+    """
     rule = budget(kept, data, recipe)
-    model = factorize(model, rule, verbose=False)
+    model = factorize(model, rule, tensorise=tensorise, verbose=False)
     return train(model, TDLRT(recipe.sgd(model), model, rule), data, recipe)
 
 

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,7 @@ def train(
     epochs: range | None = None,
     after_step: Callable[[int, int], Any] = lambda step, steps: None,
     count: Callable[[nn.Module], int] | None = None,
+    by_closure: bool = False,
 ) -> Iterator[Epoch]:
     """Train a network, all of the recipe's epochs or some of them, and report each.
 
@@ -87,6 +88,8 @@ def train(
         Is told the number of steps taken and that of the whole recipe.
     count : callable, optional
         What the network's parameters are; all of them by default.
+    by_closure : bool
+        Whether the optimizer evaluates the loss itself.
     """
     count, seconds = count or size, 0.0
     steps = math.ceil(len(data.train_labels) / recipe.batch)
@@ -96,7 +99,7 @@ def train(
             step = epoch * steps + i
             set_rate(optimizer, recipe, step / steps)
             try:
-                losses.append(descend(model.train(), optimizer, images, labels))
+                losses.append(descend(model.train(), optimizer, images, labels, by_closure))
             except (Diverged, gt.NonFiniteError):
                 yield Epoch(recipe.epochs, count(model), math.nan, math.nan, math.nan)
                 return
@@ -126,16 +129,27 @@ def set_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, epoch: float) -> 
 
 
 def descend(
-    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    labels: Tensor,
+    by_closure: bool = False,
 ) -> float:
     """Take a step and return the loss before it."""
-    optimizer.zero_grad()
-    loss = F.cross_entropy(model(images), labels)
-    if not math.isfinite(loss.item()):
-        raise Diverged
-    loss.backward()
+
+    def evaluate() -> float:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        if not math.isfinite(loss.item()):
+            raise Diverged
+        loss.backward()
+        return loss.item()
+
+    if by_closure:
+        return cast(float, optimizer.step(evaluate))
+    loss = evaluate()
     optimizer.step()
-    return loss.item()
+    return loss
 
 
 @torch.no_grad()
