@@ -7,7 +7,10 @@ all methods see the same images as often.
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
+import decompositions
+from decompositions import plain_descent, plain_descent_by_tltorch
 from torch import nn
 from training import Epoch, Recipe, train
 
@@ -38,4 +41,11 @@ def tdlrt(model: nn.Module, kept: float, data: DataSet, recipe: Recipe) -> Itera
     return train(model, TDLRT(recipe.sgd(model), model, rule), data, recipe)
 
 
-METHODS: dict[str, Method] = {"dense": dense, "TDLRT": tdlrt}
+METHODS: dict[str, Method] = {
+    "dense": dense,
+    "TDLRT": tdlrt,
+    "Tucker, plain descent": partial(plain_descent_by_tltorch, decompositions.tucker),
+    "CP": partial(plain_descent_by_tltorch, decompositions.cp),
+    "TT": partial(plain_descent_by_tltorch, decompositions.tt),
+    "UV^T, plain descent": partial(plain_descent, decompositions.matrix),
+}

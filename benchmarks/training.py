@@ -68,6 +68,7 @@ def train(
     epochs: range | None = None,
     after_step: Callable[[int, int], Any] = lambda step, steps: None,
     count: Callable[[nn.Module], int] | None = None,
+    seconds: float = 0.0,
 ) -> Iterator[Epoch]:
     """Train a network, all of the recipe's epochs or some of them, and report each.
 
@@ -87,10 +88,12 @@ def train(
         Is told the number of steps taken and that of the whole recipe.
     count : callable, optional
         What the network's parameters are; all of them by default.
+    seconds : float
+        What earlier parts took.
     """
-    count, seconds = count or size, 0.0
+    count = count or size
     steps = math.ceil(len(data.train_labels) / recipe.batch)
-    for epoch in epochs or range(recipe.epochs):
+    for epoch in range(recipe.epochs) if epochs is None else epochs:
         began, losses = time.process_time(), []
         for i, (images, labels) in enumerate(batches(data, recipe, epoch)):
             step = epoch * steps + i
