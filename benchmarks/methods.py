@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import decompositions
+import pruning
 from decompositions import plain_descent, plain_descent_by_tltorch
 from torch import nn
 from training import Epoch, Recipe, train
@@ -48,4 +49,9 @@ METHODS: dict[str, Method] = {
     "CP": partial(plain_descent_by_tltorch, decompositions.cp),
     "TT": partial(plain_descent_by_tltorch, decompositions.tt),
     "UV^T, plain descent": partial(plain_descent, decompositions.matrix),
+    "magnitude pruning": pruning.magnitude,
+    "iterative pruning": pruning.iterative,
+    "SNIP": partial(pruning.prune_at_start, pruning.snip),
+    "GraSP": partial(pruning.prune_at_start, pruning.grasp),
+    "SynFlow": partial(pruning.prune_at_start, pruning.synflow),
 }

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ pytest.importorskip("sklearn", reason="scikit-learn, which has the digits, is no
 
 BY_TLTORCH = ["Tucker, plain descent", "CP", "TT"]
 LOW_RANK = [*BY_TLTORCH, "UV^T, plain descent"]
+PRUNING = ["magnitude pruning", "iterative pruning", "SNIP", "GraSP", "SynFlow"]
 
 
 @pytest.fixture(autouse=True)
@@ -171,3 +174,155 @@ def test_products_are_as_large_as_dense_layers(name: str, tltorch: Any) -> None:
     x = torch.randn(500, 48, dtype=torch.float64)
     with torch.no_grad():
         assert 0.5 < float(layer(x).std() / linear(x).std()) < 2
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.1])
+@pytest.mark.parametrize("name", PRUNING)
+def test_pruned_networks_learn_in_exactly_their_share(
+    run: Callable[..., list[Any]], name: str, kept: float
+) -> None:
+    model = network()
+    weights = {i: model[i].weight.numel() for i in (0, 3, 6, 8)}
+    total = sum(p.numel() for p in model.parameters())
+    first, last = run(name, kept, model)
+    assert last.train_loss < min(first.train_loss, 2.0)
+    assert last.parameters == int(kept * total)
+    # What stands in the layers is what was counted.
+    zeros = sum(int((model[i].weight == 0).sum()) for i in weights)
+    assert total - zeros == last.parameters
+    assert all(p.all() for p in (model[3].bias, model[6].bias, model[8].bias))
+
+
+@pytest.mark.parametrize("name", PRUNING)
+def test_pruned_weights_never_come_back(
+    name: str, data: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import training
+    from methods import METHODS
+
+    seen: list[Tensor] = []
+    descend = training.descend
+
+    def watched(model: Any, *arguments: Any) -> float:
+        loss = descend(model, *arguments)
+        with torch.no_grad():
+            model(arguments[1])
+        seen.append(torch.cat([model[i].weight.flatten() == 0 for i in (0, 3, 6, 8)]))
+        return loss
+
+    monkeypatch.setattr(training, "descend", watched)
+    (last,) = METHODS[name](network(), 0.2, data, recipe(epochs=1))
+    assert all(bool((before <= after).all()) for before, after in pairwise(seen))
+    counts = [int(zeros.sum()) for zeros in seen]
+    assert counts[-1] == len(seen[0]) - (last.parameters - 154)  # biases, and normalisation
+    half = len(seen) // 2
+    if name in PRUNING[2:]:
+        assert counts[0] == counts[-1]
+    elif name == "magnitude pruning":  # after that step
+        assert counts[half - 1] == 0 and counts[half] == counts[-1]
+    else:
+        for step in (half // 4, half // 2, half):
+            expected = 1 - (1 - step / half) ** 3
+            assert counts[step] / counts[-1] == pytest.approx(expected, abs=1e-3)
+
+
+def tiny() -> nn.Sequential:
+    """Return a network in double precision whose second derivatives do not vanish."""
+    torch.manual_seed(1)
+    conv = nn.Conv2d(1, 2, 2)
+    return nn.Sequential(conv, nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)).double()
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(2)
+    return torch.randn(5, 1, 3, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
+
+
+def loss_at(model: nn.Module, weights: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return the loss at a vector of all weights, and at the biases of the model."""
+    first, second = weights.split([8, 24])
+    values = {"0.weight": first.reshape(2, 1, 2, 2), "3.weight": second.reshape(3, 8)}
+    images, labels = batch()
+    logits = torch.func.functional_call(model, values, (images,))
+    return nn.functional.cross_entropy(logits / temperature, labels)
+
+
+def weights_of(model: Any) -> Tensor:
+    return torch.cat([model[0].weight.detach().flatten(), model[3].weight.detach().flatten()])
+
+
+def test_snip_feels_the_masks() -> None:
+    from pruning import snip
+
+    model = tiny()
+    scores = torch.cat([s.flatten() for s in snip(model, *batch(), 10)])
+    weights, eps = weights_of(model), 1e-6
+    expected = torch.empty_like(weights)
+    for i in range(len(weights)):  # the loss as a function of a mask, at one
+        mask = torch.ones_like(weights)
+        mask[i] += eps
+        above = loss_at(model, weights * mask)
+        mask[i] -= 2 * eps
+        expected[i] = (above - loss_at(model, weights * mask)).detach() / (2 * eps)
+    torch.testing.assert_close(scores, expected.abs(), rtol=1e-6, atol=1e-9)
+
+
+def test_grasp_is_the_hessian_times_the_gradient() -> None:
+    from pruning import TEMPERATURE, grasp
+
+    model = tiny()
+    scores = torch.cat([s.flatten() for s in grasp(model, *batch(), 10)])
+    weights = weights_of(model)
+
+    def loss(w: Tensor) -> Tensor:
+        return loss_at(model, w, TEMPERATURE)
+
+    gradient = torch.autograd.functional.jacobian(loss, weights)
+    hessian = torch.autograd.functional.hessian(loss, weights)
+    torch.testing.assert_close(scores, weights * (hessian @ gradient), rtol=1e-9, atol=1e-16)
+
+    def flow(w: Tensor) -> float:  # of the gradient, which the weight's removal changes so
+        return float(torch.autograd.functional.jacobian(loss, w).square().sum())
+
+    i, eps = int(scores.abs().argmax()), 1e-6
+    moved = weights.clone()
+    moved[i] *= 1 - eps
+    change = (flow(moved) - flow(weights)) / eps
+    assert change == pytest.approx(-2 * float(scores[i]), rel=1e-3)
+
+
+@pytest.mark.parametrize("kept", [0.02, 0.01])
+def test_synflow_leaves_no_layer_empty(kept: float) -> None:
+    from pruning import allowance, prunable, strongest, synflow
+
+    torch.manual_seed(0)
+    sizes = [(64, 8), (8, 64)] * 4  # narrow ones between wide ones
+    layers = [layer for m, n in sizes for layer in (nn.Linear(m, n, bias=False), nn.ReLU())]
+    model = nn.Sequential(*layers)
+    number = allowance(model, kept)
+    images, labels = torch.randn(2, 64), torch.zeros(2, dtype=torch.long)
+    masks = strongest(synflow(deepcopy(model), images, labels, number), number)
+    assert sum(int(mask.sum()) for mask in masks) == number
+    assert all(mask.any() for mask in masks)
+    for layer, mask in zip(prunable(model), masks, strict=True):
+        layer.weight.data = layer.weight.abs() * mask
+    assert model(torch.ones(1, 64)).sum() > 0  # a path is left
+
+
+def test_synflow_is_conserved() -> None:
+    from pruning import synflow
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3))
+    scores = synflow(deepcopy(model), torch.zeros(4, 5), torch.zeros(4), 56)  # nothing is pruned
+    first, second = (model[i].weight.detach().abs().double() for i in (0, 2))
+    flow = (second @ first).sum()
+    torch.testing.assert_close(scores[0].sum(), flow)
+    torch.testing.assert_close(scores[1], second * first.sum(1))
+
+
+def test_a_share_that_biases_exceed() -> None:
+    from pruning import magnitude
+
+    with pytest.raises(ValueError, match=r"kept: expected at least .* as biases stay, got 0\.001"):
+        magnitude(network(), 0.001, None, recipe())  # type: ignore[arg-type]
