@@ -73,8 +73,8 @@ def iterative(model: nn.Module, kept: float, data: DataSet, recipe: Recipe) -> I
 def snip(model: nn.Module, images: Tensor, labels: Tensor, number: int) -> Sequence[Tensor]:
     """Return ``|w dL/dw|``, by how much the loss feels a weight's mask.
 
-    N. Lee et al., SNIP, ICLR 2019, arXiv:1810.02340, Algorithm 1, up to the
-    normalisation, which changes no order.
+    N. Lee et al., SNIP, ICLR 2019, arXiv:1810.02340, Algorithm 1, up to the normalisation, which
+    changes no order.
     """
     weights = [layer.weight for layer in prunable(model)]
     loss = F.cross_entropy(model.train()(images), labels)
@@ -86,8 +86,8 @@ def grasp(model: nn.Module, images: Tensor, labels: Tensor, number: int) -> Sequ
     """Return ``w * (H g)``: where it is largest, the flow of the gradient needs the weight.
 
     C. Wang et al., Picking winning tickets before training by preserving gradient flow (GraSP),
-    ICLR 2020, arXiv:2002.07376, Algorithm 1, with the opposite sign. One batch
-    serves for the gradient g of the loss and its Hessian H, both in the weights alone.
+    ICLR 2020, arXiv:2002.07376, Algorithm 1, with the opposite sign. One batch serves for the
+    gradient g of the loss and its Hessian H, both in the weights alone.
     """
     weights = [layer.weight for layer in prunable(model)]
     loss = F.cross_entropy(model.train()(images) / TEMPERATURE, labels)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import geotucker as gt
+from geotucker_torch import plan
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="the benchmarks are not here")
@@ -224,6 +226,74 @@ def test_pruned_weights_never_come_back(
         for step in (half // 4, half // 2, half):
             expected = 1 - (1 - step / half) ** 3
             assert counts[step] / counts[-1] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.1])
+def test_riemannian_descent_keeps_its_ranks(run: Callable[..., list[Any]], kept: float) -> None:
+    start = plan(network(), gt.Budget(parameters=kept))
+    model = network()
+    first, last = run("Riemannian descent", kept, model)
+    assert last.train_loss < first.train_loss
+    assert first.parameters == last.parameters == start.after <= kept * start.before
+    assert start.after > 0.95 * kept * start.before
+    ranks = [layer.ranks for layer in start.layers if layer.ranks is not None]
+    assert [m.ranks for m in model.modules() if hasattr(m, "ranks")] == ranks
+
+
+def test_riemannian_descent_projects_and_truncates(data: Any) -> None:
+    from methods import METHODS
+    from training import Recipe, batches
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10, bias=False))
+    one_step = Recipe(1, rate=10.0, batch=len(data.train_labels), momentum=0.9)
+    dense = model[1].weight
+    list(METHODS["Riemannian descent"](model, 0.5, data, one_step))
+    rank = model[1].ranks[0]
+    u, s, v = torch.linalg.svd(dense.detach())
+    u, v = u[:, :rank], v[:rank]
+    start = (u * s[:rank] @ v).requires_grad_()  # (parallel to) what the network starts from
+    with torch.no_grad():
+        start *= (dense.norm() / start.norm()) ** 0.75
+    images, labels = next(batches(data, one_step, 0))
+    loss = nn.functional.cross_entropy(images.flatten(1) @ start.T, labels)
+    (z,) = torch.autograd.grad(loss, start)
+    tangent = u @ u.T @ z + z @ v.T @ v - u @ u.T @ z @ v.T @ v
+    p, s, q = torch.linalg.svd(start.detach() - 10.0 * tangent)
+    expected = p[:, :rank] * s[:rank] @ q[:rank]
+    assert (expected - start).norm() > 0.1 * start.norm()
+    torch.testing.assert_close(model[1].weight.detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.1])
+def test_hosvd_is_fine_tuned(data: Any, kept: float) -> None:
+    from methods import METHODS
+
+    model, total = network(), sum(p.numel() for p in network().parameters())
+    epochs = []
+    for epoch in METHODS["HOSVD, fine-tuned"](model, kept, data, recipe(4)):
+        epochs.append(epoch)
+        if len(epochs) == 3:
+            before = [p.clone() for p in model.parameters()]
+    dense = list(METHODS["dense"](network(), 1.0, data, recipe(4)))
+    assert [e.train_loss for e in epochs[:2]] == [e.train_loss for e in dense[:2]]
+    assert [e.epoch for e in epochs] == [1, 2, 3, 4]
+    assert epochs[3].train_loss < epochs[2].train_loss < 2.2
+    assert epochs[1].parameters == total
+    assert 0.95 * kept * total < epochs[3].parameters <= kept * total
+    assert all(a.seconds < b.seconds for a, b in pairwise(epochs))
+    pairs = zip(before, model.parameters(), strict=True)
+    assert all(bool((p != q).any()) for p, q in pairs if p.dim() > 1)  # factors too
+
+
+def test_fine_tuning_without_an_epoch_before_and_after_divergence(data: Any) -> None:
+    from methods import METHODS
+
+    total = sum(p.numel() for p in network().parameters())
+    (only,) = METHODS["HOSVD, fine-tuned"](network(), 0.3, data, recipe(1))
+    assert only.parameters <= 0.3 * total
+    (last,) = METHODS["HOSVD, fine-tuned"](network(), 0.3, data, replace(recipe(2), rate=1e9))
+    assert math.isnan(last.train_loss) and last.parameters == total
 
 
 def tiny() -> nn.Sequential:
