@@ -9,7 +9,7 @@ network from the same start, sees the same images as often, and keeps the same s
 parameters, of which all count: biases, bases and what is not factorised. Written to
 ``benchmarks/results/compression.csv``, which is filled run by run: a run that is in it is not done
 again, so that the table can be made in parts (``--methods``, ``--kept``, ``--seeds``).
-Data are downloaded, or read from the folder that ``GEOTUCKER_DATA_DIR`` names.
+A learning rate of one's own for a method (``--rate``) is a run of its own. Data are downloaded, or read from the folder that ``GEOTUCKER_DATA_DIR`` names.
 A run of LeNet-5 takes about four minutes of one core.
 """
 
@@ -68,6 +68,7 @@ class Run(NamedTuple):
     problem: str
     method: str
     kept: float
+    rate: float
     seed: int
     epochs: int
 
@@ -76,7 +77,7 @@ def work(run: Run, device: str = "cpu") -> Iterator[dict[str, Any]]:
     """Train one network and return its epochs."""
     problem = PROBLEMS[run.problem]
     data = load(problem.data, data_folder(None)).to(torch.device(device))
-    recipe = replace(problem.recipe, epochs=run.epochs, seed=run.seed)
+    recipe = replace(problem.recipe, rate=run.rate, epochs=run.epochs, seed=run.seed)
     torch.manual_seed(run.seed)
     model = problem.build().to(device, memory_format=torch.channels_last)
     method = METHODS.get(run.method) or partial(tdlrt, tensorise=problem.tensorise)
@@ -90,6 +91,7 @@ def main(
     kept: Annotated[
         str, typer.Option(help="Shares of the parameters.")
     ] = "0.05,0.02,0.01,0.1,0.25,0.5",
+    rate: Annotated[float | None, typer.Option(help="Learning rate, if not the problem's.")] = None,
     seeds: Annotated[int, typer.Option(help="Number of seeds.")] = 3,
     epochs: Annotated[int | None, typer.Option(help="Epochs, if not the problem's.")] = None,
     jobs: Annotated[int, typer.Option(help="Runs side by side, one thread each.")] = 2,
@@ -99,15 +101,14 @@ def main(
     """Train what the table does not hold yet, and say where each method ended."""
     known = [*METHODS, *([TENSORS] if PROBLEMS[problem].tensorise else [])]
     chosen = methods.split(";") if methods else known
-    length = epochs or PROBLEMS[problem].recipe.epochs
+    recipe = PROBLEMS[problem].recipe
     shares = [float(share) for share in kept.split(",")]
     runs = [
-        Run(problem, method, share, seed, length)
+        Run(problem, method, share, rate or recipe.rate, seed, epochs or recipe.epochs)
         for seed, share, method in product(range(seeds), shares, chosen)
-        if method != DENSE
     ]
-    if DENSE in chosen:
-        runs = [Run(problem, DENSE, 1.0, seed, length) for seed in range(seeds)] + runs
+    dense = [run._replace(kept=1.0) for run in runs if run.method == DENSE]
+    runs = list(dict.fromkeys(dense + [run for run in runs if run.method != DENSE]))
     rows = fill(out, runs, partial(work, device=device), jobs)
     asked = {tuple(map(str, run)) for run in runs}
     for end in rows:

@@ -6,9 +6,14 @@ all methods see the same images as often.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import decompositions
+import pruning
+from decompositions import plain_descent, plain_descent_by_tltorch
 from torch import nn
 from training import Epoch, Recipe, train
 
@@ -44,4 +49,55 @@ def tdlrt(
     return train(model, TDLRT(recipe.sgd(model), model, rule), data, recipe)
 
 
-METHODS: dict[str, Method] = {"dense": dense, "TDLRT": tdlrt}
+def riemannian(model: nn.Module, kept: float, data: DataSet, recipe: Recipe) -> Iterator[Epoch]:
+    """Descend along the Riemannian gradient at fixed ranks, with the HOSVD as retraction.
+
+    D. Kressner, M. Steinlechner, B. Vandereycken, Low-rank tensor completion by Riemannian
+    optimization, BIT 2014, sections 2 and 3, for a network: ranks are those that the budget picks
+    at the start. Without momentum, which would have to be transported; the rate is the recipe's.
+    """
+    model = factorize(model, gt.Budget(parameters=kept), verbose=False)
+    sgd = replace(recipe, momentum=0.0).sgd(model)
+    optimizer = TDLRT(sgd, model, as_before, integrator="tangent", basis_every=1)
+    return train(model, optimizer, data, recipe)
+
+
+def as_before(spectra: Sequence[gt.Spectrum]) -> list[Any]:
+    """Return the ranks that tensors had; as a rule it truncates by the HOSVD."""
+    return [spectrum.facts.previous for spectrum in spectra]
+
+
+def fine_tuned(model: nn.Module, kept: float, data: DataSet, recipe: Recipe) -> Iterator[Epoch]:
+    """Train densely for half of the epochs, truncate, and descend on cores and factors.
+
+    Y.-D. Kim et al., Compression of deep convolutional neural networks, ICLR 2016,
+    arXiv:1511.06530, with a budget for the whole network as rule for the ranks, and factors for the
+    modes of the kernel too. Momentum begins anew.
+    """
+    half, seconds = recipe.epochs // 2, 0.0
+    for epoch in train(model, recipe.sgd(model), data, recipe, range(half)):
+        yield epoch
+        seconds = epoch.seconds
+    if math.isnan(seconds):  # diverged
+        return
+    model = factorize(model, gt.Budget(parameters=kept), verbose=False)
+    model.requires_grad_(True)
+    rest = range(half, recipe.epochs)
+    yield from train(model, recipe.sgd(model), data, recipe, rest, seconds=seconds)
+
+
+METHODS: dict[str, Method] = {
+    "dense": dense,
+    "TDLRT": tdlrt,
+    "Tucker, plain descent": partial(plain_descent_by_tltorch, decompositions.tucker),
+    "CP": partial(plain_descent_by_tltorch, decompositions.cp),
+    "TT": partial(plain_descent_by_tltorch, decompositions.tt),
+    "UV^T, plain descent": partial(plain_descent, decompositions.matrix),
+    "Riemannian descent": riemannian,
+    "HOSVD, fine-tuned": fine_tuned,
+    "magnitude pruning": pruning.magnitude,
+    "iterative pruning": pruning.iterative,
+    "SNIP": partial(pruning.prune_at_start, pruning.snip),
+    "GraSP": partial(pruning.prune_at_start, pruning.grasp),
+    "SynFlow": partial(pruning.prune_at_start, pruning.synflow),
+}

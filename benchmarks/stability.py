@@ -22,6 +22,7 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
+from decompositions import matrix_of_rank, with_products
 from runs import fill
 from torch import nn
 from training import Epoch, Recipe, lenet5, row, train
@@ -80,6 +81,15 @@ def plain(model: nn.Module, data: DataSet, recipe: Recipe) -> Iterator[Epoch]:
     return train(model, recipe.sgd(model), data, recipe)
 
 
+def matrices(model: nn.Module, data: DataSet, recipe: Recipe) -> Iterator[Epoch]:
+    """Descend on U and V of every weight as a matrix of rank 20, ``U V^T``."""
+    model = densify(model)
+    layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    products = {m: matrix_of_rank(m, min(RANK, *m.weight.flatten(1).shape)) for m in layers}
+    model = with_products(model, products).to(memory_format=torch.channels_last)
+    return train(model, recipe.sgd(model), data, recipe)
+
+
 def tdlrt(model: nn.Module, data: DataSet, recipe: Recipe, **options: Any) -> Iterator[Epoch]:
     """Train by geotucker's optimizer, with its defaults but for the options."""
     optimizer = TDLRT(recipe.sgd(model), model, **options)
@@ -90,6 +100,7 @@ METHODS: dict[str, Callable[[nn.Module, DataSet, Recipe], Iterator[Epoch]]] = {
     "dense": dense,
     "TDLRT": tdlrt,
     "Tucker, plain descent": plain,
+    "UV^T, plain descent": matrices,
     "TDLRT, whole gradient": partial(tdlrt, integrator="tdlrt", basis_every=1),
     "TDLRT, two passes": partial(tdlrt, one_pass=False, integrator="tdlrt", basis_every=1),
 }

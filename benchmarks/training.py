@@ -69,6 +69,7 @@ def train(
     after_step: Callable[[int, int], Any] = lambda step, steps: None,
     count: Callable[[nn.Module], int] | None = None,
     by_closure: bool = False,
+    seconds: float = 0.0,
 ) -> Iterator[Epoch]:
     """Train a network, all of the recipe's epochs or some of them, and report each.
 
@@ -90,10 +91,12 @@ def train(
         What the network's parameters are; all of them by default.
     by_closure : bool
         Whether the optimizer evaluates the loss itself.
+    seconds : float
+        What earlier parts took.
     """
-    count, seconds = count or size, 0.0
+    count = count or size
     steps = math.ceil(len(data.train_labels) / recipe.batch)
-    for epoch in epochs or range(recipe.epochs):
+    for epoch in range(recipe.epochs) if epochs is None else epochs:
         began, losses = time.process_time(), []
         for i, (images, labels) in enumerate(batches(data, recipe, epoch)):
             step = epoch * steps + i
