@@ -8,9 +8,9 @@ LeNet-5 on MNIST by default; ``--problem`` names others. Every method of `method
 network from the same start, sees the same images as often, and keeps the same share of the
 parameters, of which all count: biases, bases and what is not factorised. Written to
 ``benchmarks/results/compression.csv``, which is filled run by run: a run that is in it is not done
-again, so that the table can be made in parts (``--methods``, ``--kept``, ``--seeds``). A learning rate of its own for a method
-(``--rate``) makes a run of its own. Data are downloaded, or read from the folder that
-``GEOTUCKER_DATA_DIR`` names. A run of LeNet-5 takes about four minutes of one core.
+again, so that the table can be made in parts (``--methods``, ``--kept``, ``--seeds``). A learning
+rate of its own for a method (``--rate``) makes a run of its own. Data are downloaded, or read from
+the folder that ``GEOTUCKER_DATA_DIR`` names. A run of LeNet-5 takes about four minutes of a core.
 """
 
 from collections.abc import Callable, Iterator
