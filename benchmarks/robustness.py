@@ -8,28 +8,27 @@ Every optimizer at five learning rates over two decades, constant, batch 128; th
 PyTorch's start and with singular values that decay exponentially from 1 to 1e-12. Beside the
 dense network: all layers in Tucker format, trained by `TDLRT` with its defaults, at fixed ranks 2
 and 8 and at full ranks, and from rank 2 with ranks that grow by a tolerance of 0.1 with four spare
-directions. The table is written to ``benchmarks/results/robustness.csv``. MNIST is downloaded, or
-read from the folder that ``GEOTUCKER_DATA_DIR`` names. About 30 minutes on two cores
-with nothing else to do.
+directions. Written to ``benchmarks/results/robustness.csv``, which is filled run by run: a run that
+is in it is not done again. MNIST is downloaded, or read from the folder that ``GEOTUCKER_DATA_DIR``
+names. About 40 minutes for a seed on two cores with nothing else to do.
 """
 
-import csv
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import torch
 import typer
+from runs import fill
 from torch import nn
-from torch.nn import functional as F
+from training import Recipe, train
 
 import geotucker as gt
 from geotucker_torch import TDLRT, TuckerConv2d, TuckerLinear
-from geotucker_torch._train._data import DataSet, load
+from geotucker_torch._train._data import load
 from geotucker_torch._train._fetch import data_folder
 
-BATCH = 128
 RATES = {
     "SGD": (0.01, 0.03, 0.1, 0.3, 1.0),
     "SGD, momentum 0.9": (0.001, 0.003, 0.01, 0.03, 0.1),
@@ -48,6 +47,7 @@ class Run(NamedTuple):
     rate: float
     start: str
     network: str
+    seed: int
 
 
 def lenet() -> nn.Sequential:
@@ -82,28 +82,17 @@ def build_optimizer(run: Run, model: nn.Module) -> torch.optim.Optimizer:
     return TDLRT(inner, model, gt.Tolerance(0.1, spare=4) if "growing" in run.network else None)
 
 
-def train(run: Run) -> float:
+def work(run: Run) -> Iterator[dict[str, str]]:
     """Return the test accuracy in percent after an epoch; nan if training broke down."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+    torch.manual_seed(run.seed)
     data, model = load("mnist", data_folder(None)), lenet()
     if run.start == "decaying":
         decay(model)
     if run.network != "dense":
-        rank = {"full ranks": 10_000, "rank 8": 8}.get(run.network, 2)
-        convert(model, rank)
-    optimizer = build_optimizer(run, model)
-    order = torch.randperm(len(data.train_labels), generator=torch.Generator().manual_seed(0))
-    for index in order.split(BATCH):
-        optimizer.zero_grad()
-        images = data.normalise(data.train_images[index])
-        loss = F.cross_entropy(model(images), data.train_labels[index])
-        loss.backward()
-        try:
-            optimizer.step()
-        except gt.NonFiniteError:
-            return float("nan")
-    return accuracy(model, data)
+        convert(model, {"full ranks": 10_000, "rank 8": 8}.get(run.network, 2))
+    recipe = Recipe(epochs=1, rate=run.rate, cosine=False, seed=run.seed)
+    for epoch in train(model, build_optimizer(run, model), data, recipe):
+        yield {"test_accuracy": f"{epoch.test_accuracy:.2f}"}
 
 
 def convert(model: nn.Sequential, rank: int) -> None:
@@ -114,42 +103,22 @@ def convert(model: nn.Sequential, rank: int) -> None:
             model[i] = kind.from_dense(layer, rank)
 
 
-@torch.no_grad()
-def accuracy(model: nn.Module, data: DataSet) -> float:
-    """Return the accuracy on the test set in percent."""
-    hits = [
-        (model.eval()(data.normalise(images)).argmax(1) == labels).sum()
-        for images, labels in zip(
-            data.test_images.split(1000), data.test_labels.split(1000), strict=True
-        )
-    ]
-    return 100.0 * float(sum(hits)) / len(data.test_labels)
-
-
-def table() -> list[Run]:
-    """Return all runs."""
-    pairs = [(name, rate) for name, rates in RATES.items() for rate in rates]
-    return [Run(*pair, *rest) for pair, *rest in product(pairs, STARTS, NETWORKS)]
-
-
 def main(
     jobs: Annotated[int, typer.Option(help="Runs side by side, one thread each.")] = 2,
+    seeds: Annotated[int, typer.Option(help="Number of seeds.")] = 1,
     out: Annotated[Path, typer.Option(help="The table.")] = RESULTS,
 ) -> None:
-    """Train everything, write the table and say where Tucker training failed."""
-    runs, scores = table(), {}
-    out.parent.mkdir(exist_ok=True)
-    part = out.with_name(out.name + ".part")  # what is there if this run ends early
-    with ProcessPoolExecutor(jobs) as pool, part.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["optimizer", "learning_rate", "start", "network", "test_accuracy"])
-        for run, got in zip(runs, pool.map(train, runs), strict=True):
-            scores[run] = got
-            writer.writerow([*run, f"{got:.2f}"])
-            file.flush()
-    part.replace(out)
-    for run, got in scores.items():
-        dense = scores[run._replace(network="dense")]
+    """Train what the table does not hold yet, and say where Tucker training failed."""
+    pairs = [(name, rate) for name, rates in RATES.items() for rate in rates]
+    runs = [
+        Run(*pair, start, network, seed)
+        for seed, pair, start, network in product(range(seeds), pairs, STARTS, NETWORKS)
+    ]
+    scores = {
+        tuple(row.values())[:-1]: float(row["test_accuracy"]) for row in fill(out, runs, work, jobs)
+    }
+    for run in runs:
+        dense, got = (scores[tuple(map(str, r))] for r in (run._replace(network="dense"), run))
         if dense > 80.0 and not got > 80.0:
             typer.echo(f"{', '.join(map(str, run))}: {got:.2f} %, dense {dense:.2f} %")
 
