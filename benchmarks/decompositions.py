@@ -7,7 +7,7 @@ for ours, and a random one has the deviation of the dense weight.
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
 from operator import mul
@@ -34,8 +34,8 @@ class Product(NamedTuple):
     build: Callable[[], nn.Module]
 
 
-# The largest product for a layer within a number of entries, if rank one is not too large.
-Format: TypeAlias = Callable[[Any, float], Product]
+# The product for a layer whose ranks are a number, or as large as they can be.
+Format: TypeAlias = Callable[[Any, int], Product]
 
 
 def plain_descent(
@@ -60,11 +60,12 @@ def plain_descent_by_tltorch(
 def at_share(model: nn.Module, kept: float, form: Format) -> nn.Module:
     """Bring the linear layers and convolutions of a network into a format, in place.
 
-    Each keeps the same share of its entries, the largest by which the whole network keeps no more
-    than `kept`; what rounding leaves goes to the largest layers that can use it. The smallest
-    layers, as many as take a tenth of the budget together, stay dense as long as it can be met so:
-    a first convolution of rank one would let a single feature through. So do layers that would not
-    shrink, and convolutions in groups.
+    All have the same rank, the largest by which the whole network keeps no more than `kept`; what
+    is left then raises single ranks, of the largest layers that it suffices for. (With the same
+    share of its entries for each layer small ones would come down to rank one, which nothing gets
+    through: LeNet-5 at 3 % hardly learned so.) Layers that would not shrink stay dense, and so do
+    convolutions in groups, and the smallest layers, as many as take a tenth of the budget together,
+    as long as it can be met so.
 
     Raises
     ------
@@ -73,37 +74,37 @@ def at_share(model: nn.Module, kept: float, form: Format) -> nn.Module:
     """
     allowed = int(kept * size(model))
     layers = sorted(filter(_can_be_a_product, model.modules()), key=_entries)
-    sums = accumulate(map(_entries, layers))
-    spared = sum(total <= SPARED * allowed for total in sums)
+    spared = sum(total <= SPARED * allowed for total in accumulate(map(_entries, layers)))
 
-    def products(share: float) -> dict[nn.Module, Product]:
-        found = {layer: form(layer, share * _entries(layer)) for layer in layers[spared:]}
-        return {layer: new for layer, new in found.items() if new.size < _entries(layer)}
+    def saved(layer: nn.Module, rank: int) -> int:
+        return max(0, _entries(layer) - form(layer, rank).size)
 
-    def total(share: float) -> int:
-        return size(model) + sum(new.size - _entries(m) for m, new in products(share).items())
+    def total(chosen: Sequence[nn.Module], rank: int) -> int:
+        return size(model) - sum(saved(layer, rank) for layer in chosen)
 
-    if total(0.0) > allowed:
-        spared = 0
-    if total(0.0) > allowed:
-        least = total(0.0) / size(model)
+    possible = range(1, _entries(layers[-1]) + 1)
+    for chosen in (layers[spared:], layers):
+        rank = bisect_right(possible, allowed, key=partial(total, chosen))
+        if rank > 0:
+            break
+    else:
+        least = total(layers, 1) / size(model)
         raise ValueError(f"kept: expected at least {least:.4g}, which rank one takes, got {kept}")
-    low, high = 0.0, 1.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if total(middle) <= allowed else (low, middle)
-    chosen, left = products(low), allowed - total(low)
-    for layer in sorted(chosen, key=_entries, reverse=True):  # to whom a rank more matters least
-        more = form(layer, min(chosen[layer].size + left, _entries(layer) - 1))
-        left -= more.size - chosen[layer].size
-        chosen[layer] = more
-    successors = {layer: new.build() for layer, new in chosen.items()}
+    ranks, left = dict.fromkeys(reversed(chosen), rank), allowed - total(chosen, rank)
+
+    def step(layer: nn.Module) -> int:
+        return saved(layer, ranks[layer]) - saved(layer, ranks[layer] + 1)
+
+    while layer := next((layer for layer in ranks if 0 < step(layer) <= left), None):
+        left -= step(layer)
+        ranks[layer] += 1
+    successors = {m: form(m, r).build() for m, r in ranks.items() if saved(m, r)}
     for layer, new in successors.items():
         (new[-1] if isinstance(new, nn.Sequential) else new).bias = layer.bias
     return replaced(model, successors)
 
 
-def matrix(layer: Any, entries: float) -> Product:
+def matrix(layer: Any, rank: int) -> Product:
     """Return U V^T, at first by the singular value decomposition, whose values both factors share.
 
     A linear layer becomes two of them, and a convolution one with the same kernel to r channels,
@@ -111,24 +112,22 @@ def matrix(layer: Any, entries: float) -> Product:
     TPAMI 2016, arXiv:1505.06798).
     """
     each = len(layer.weight) + layer.weight[0].numel()
-    rank = max(1, int(entries // each))
     return Product(rank * each, partial(_two_layers, layer, rank))
 
 
-def tucker(layer: Any, entries: float) -> Product:
-    """Return core and factors, at first the HOSVD; ranks of modes are equal as far as they can be.
+def tucker(layer: Any, rank: int) -> Product:
+    """Return core and factors, at first the HOSVD.
 
     Y.-D. Kim et al., Compression of deep convolutional neural networks, ICLR 2016,
     arXiv:1511.06530, but with factors for the modes of the kernel too.
     """
     shape = tuple(layer.weight.shape)
-    share = max(entries / math.prod(shape), 1e-12)  # not zero, but nothing
-    ranks = gt.Fixed(share).for_shape(shape)
-    total = math.prod(ranks) + sum(map(mul, shape, ranks))
-    return Product(total, partial(_tucker_layer, layer, ranks))
+    ranks = gt.Fixed(rank).for_shape(shape)
+    entries = math.prod(ranks) + sum(map(mul, shape, ranks))
+    return Product(entries, partial(_tucker_layer, layer, ranks))
 
 
-def cp(layer: Any, entries: float) -> Product:
+def cp(layer: Any, rank: int) -> Product:
     """Return a sum of outer products: V. Lebedev et al., ICLR 2015, arXiv:1412.6553.
 
     At first at random: alternating least squares take minutes for a large layer, and find little
@@ -136,12 +135,11 @@ def cp(layer: Any, entries: float) -> Product:
     deviation of the dense ones.
     """
     each = 1 + sum(layer.weight.shape)
-    rank = max(1, int(entries // each))
     return Product(rank * each, partial(_cp_layer, layer, rank))
 
 
-def tt(layer: Any, entries: float) -> Product:
-    """Return a tensor train, at first by the TT-SVD; ranks are equal as far as they can be.
+def tt(layer: Any, rank: int) -> Product:
+    """Return a tensor train, at first by the TT-SVD.
 
     A linear layer's matrix is reshaped to up to three modes, each of inputs and outputs
     (A. Novikov et al., Tensorizing neural networks, NIPS 2015, arXiv:1509.06569), and a
@@ -150,18 +148,10 @@ def tt(layer: Any, entries: float) -> Product:
     shape = _train_shape(layer)
     sides = [accumulate(shape, mul), accumulate(reversed(shape), mul)]
     left, right = (list(side)[:-1] for side in sides)
-    bounds = list(map(min, left, reversed(right)))
-
-    def ranks(cap: int) -> tuple[int, ...]:
-        return (1, *(min(cap, bound) for bound in bounds), 1)
-
-    def entries_of(cap: int) -> int:
-        r = ranks(cap)
-        return sum(a * n * b for a, n, b in zip(r, shape, r[1:], strict=False))
-
-    caps = range(1, max(bounds, default=1) + 1)
-    cap = max(1, bisect_right(caps, entries, key=entries_of))
-    return Product(entries_of(cap), partial(_tt_layer, layer, ranks(cap)))
+    inner = [min(rank, *bounds) for bounds in zip(left, reversed(right), strict=True)]
+    ranks = (1, *inner, 1)
+    entries = sum(a * n * b for a, n, b in zip(ranks, shape, ranks[1:], strict=False))
+    return Product(entries, partial(_tt_layer, layer, ranks))
 
 
 def _can_be_a_product(module: nn.Module) -> bool:
