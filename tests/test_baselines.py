@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tensorly as tl
 import torch
 from torch import Tensor, nn
 
@@ -65,15 +66,18 @@ def form_of(name: str) -> Callable[[Any, int], Any]:
 
 
 @pytest.fixture
-def run(data: Any, request: pytest.FixtureRequest) -> Callable[..., list[Any]]:
+def run(data: Any) -> Callable[..., list[Any]]:
     """Run a method to its end."""
 
     def by_name(name: str, kept: float, model: nn.Module | None = None) -> list[Any]:
         from methods import METHODS
 
         if name in BY_TLTORCH:
-            request.getfixturevalue("tltorch")
-        return list(METHODS[name](model or network(), kept, data, recipe()))
+            pytest.importorskip("tltorch", reason="tensorly-torch is not installed")
+        tl.set_backend("numpy")
+        epochs = list(METHODS[name](model or network(), kept, data, recipe()))
+        assert tl.get_backend() == "numpy"
+        return epochs
 
     return by_name
 
