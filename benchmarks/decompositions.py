@@ -2,7 +2,8 @@
 
 The baselines without geometry. Each starts at the dense network's truncation, or, CP, at random,
 and in a size that lets the signal through: a truncated weight is scaled up as `factorize` does it
-for ours, and a random one has the deviation of the dense weight.
+for ours, evenly in all factors (of Tucker in the core), and a random one has the deviation of the
+dense weight.
 """
 
 import math
@@ -51,7 +52,9 @@ def plain_descent_by_tltorch(
 ) -> Iterator[Epoch]:
     """Descend on all factors of tensorly-torch's layers, with TensorLy's backend as they need it.
 
-    That of J. Kossaifi et al., TensorLy-Torch: http://tensorly.org/torch.
+    J. Kossaifi et al., TensorLy-Torch, http://tensorly.org/torch. It needs opt-einsum beside it:
+    without, PyTorch contracts from left to right, and a linear layer takes the memory of its input
+    times its core.
     """
     with _imported():
         yield from plain_descent(form, model, kept, data, recipe)
@@ -197,7 +200,7 @@ def _tucker_layer(layer: Any, ranks: tuple[int, ...]) -> nn.Module:
 
 
 def _cp_layer(layer: Any, rank: int) -> nn.Module:
-    new = _tltorch_layer(layer, ((layer.weight.shape[1],), layer.weight.shape[:1]), "cp", rank)
+    new = _tltorch_layer(layer, "cp", rank)
     new.weight.normal_(0, float(layer.weight.detach().std()))
     return new
 
@@ -205,11 +208,11 @@ def _cp_layer(layer: Any, rank: int) -> nn.Module:
 @torch.no_grad()
 def _tt_layer(layer: Any, ranks: tuple[int, ...]) -> nn.Module:
     if isinstance(layer, nn.Linear):
-        new = _tltorch_layer(layer, _sides(layer), "blocktt", ranks)
+        new = _tltorch_layer(layer, "blocktt", ranks)
         new.weight.init_from_matrix(layer.weight)
         start = new.weight.to_matrix()
     else:
-        new = _tltorch_layer(layer, (), "tt", ranks)
+        new = _tltorch_layer(layer, "tt", ranks)
         new.weight.init_from_tensor(layer.weight.movedim(0, -1).contiguous())
         start = new.weight.to_tensor().movedim(-1, 0)
     gain = _gain(start, layer.weight) ** (1 / len(new.weight.factors))
@@ -218,28 +221,30 @@ def _tt_layer(layer: Any, ranks: tuple[int, ...]) -> nn.Module:
     return new
 
 
-def _tltorch_layer(layer: Any, sides: Any, factorization: str, rank: Any) -> Any:
-    """Return a layer of tensorly-torch with other weights; `sides` are a matrix's shapes.
+def _tltorch_layer(layer: Any, factorization: str, rank: Any) -> Any:
+    """Return a layer of tensorly-torch, without bias, whose weight is still to be set.
 
     By its class, as ``from_conv`` takes the first stride for all.
     """
     import tltorch  # switches TensorLy's backend, so not at the top
 
-    options = {"factorization": factorization, "rank": rank, "implementation": "factorized"}
-    options |= {"bias": False, "dtype": layer.weight.dtype}
-    if isinstance(layer, nn.Linear):
-        return tltorch.FactorizedLinear(*map(tuple, sides), **options)
-    where = {name: getattr(layer, name) for name in ("stride", "padding", "dilation")}
-    return tltorch.FactorizedConv(
-        layer.in_channels, layer.out_channels, layer.kernel_size, **where, **options
-    )
+    options: dict[str, Any] = {"factorization": factorization, "rank": rank, "bias": False}
+    options |= {"implementation": "factorized", "dtype": layer.weight.dtype}
+    if isinstance(layer, nn.Conv2d):
+        options |= {name: getattr(layer, name) for name in ("stride", "padding", "dilation")}
+        sizes = layer.in_channels, layer.out_channels, layer.kernel_size
+        return tltorch.FactorizedConv(*sizes, **options)
+    reshaped = factorization == "blocktt"
+    inputs, outputs = _sides(layer) if reshaped else ((layer.in_features,), (layer.out_features,))
+    return tltorch.FactorizedLinear(inputs, outputs, **options)
 
 
 def _sides(layer: nn.Linear) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return what inputs and outputs are reshaped to, into equally many modes."""
     from tltorch.utils import get_tensorized_shape
 
-    return get_tensorized_shape(layer.in_features, layer.out_features, order=3, verbose=False)
+    sides = get_tensorized_shape(layer.in_features, layer.out_features, order=3, verbose=False)
+    return tuple(sides[0]), tuple(sides[1])
 
 
 def _train_shape(layer: Any) -> tuple[int, ...]:
