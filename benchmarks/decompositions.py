@@ -2,12 +2,13 @@
 
 The baselines without geometry. Each starts at the dense network's truncation, or, CP, at random,
 and in a size that lets the signal through: a truncated weight is scaled up as `factorize` does it
-for ours, and a random one has the deviation of the dense weight.
+for ours, evenly in all factors (of Tucker in the core), and a random one has the deviation of the
+dense weight.
 """
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 from operator import mul
@@ -34,8 +35,8 @@ class Product(NamedTuple):
     build: Callable[[], nn.Module]
 
 
-# The largest product for a layer within a number of entries, if rank one is not too large.
-Format: TypeAlias = Callable[[Any, float], Product]
+# The product for a layer whose ranks are a number, or as large as they can be.
+Format: TypeAlias = Callable[[Any, int], Product]
 
 
 def plain_descent(
@@ -51,7 +52,9 @@ def plain_descent_by_tltorch(
 ) -> Iterator[Epoch]:
     """Descend on all factors of tensorly-torch's layers, with TensorLy's backend as they need it.
 
-    That of J. Kossaifi et al., TensorLy-Torch: http://tensorly.org/torch.
+    J. Kossaifi et al., TensorLy-Torch, http://tensorly.org/torch. It needs opt-einsum beside it:
+    without, PyTorch contracts from left to right, and a linear layer takes the memory of its input
+    times its core.
     """
     with _imported():
         yield from plain_descent(form, model, kept, data, recipe)
@@ -60,11 +63,12 @@ def plain_descent_by_tltorch(
 def at_share(model: nn.Module, kept: float, form: Format) -> nn.Module:
     """Bring the linear layers and convolutions of a network into a format, in place.
 
-    Each keeps the same share of its entries, the largest by which the whole network keeps no more
-    than `kept`; what rounding leaves goes to the largest layers that can use it. The smallest
-    layers, as many as take a tenth of the budget together, stay dense as long as it can be met so:
-    a first convolution of rank one would let a single feature through. So do layers that would not
-    shrink, and convolutions in groups.
+    All have the same rank, the largest by which the whole network keeps no more than `kept`; what
+    is left then raises single ranks, of the largest layers that it suffices for. (With the same
+    share of its entries for each layer small ones would come down to rank one, which nothing gets
+    through: LeNet-5 at 3 % hardly learned so.) Layers that would not shrink stay dense, and so do
+    convolutions in groups, and the smallest layers, as many as take a tenth of the budget together,
+    as long as it can be met so.
 
     Raises
     ------
@@ -73,31 +77,31 @@ def at_share(model: nn.Module, kept: float, form: Format) -> nn.Module:
     """
     allowed = int(kept * size(model))
     layers = sorted(filter(_can_be_a_product, model.modules()), key=_entries)
-    sums = accumulate(map(_entries, layers))
-    spared = sum(total <= SPARED * allowed for total in sums)
+    spared = sum(total <= SPARED * allowed for total in accumulate(map(_entries, layers)))
 
-    def products(share: float) -> dict[nn.Module, Product]:
-        found = {layer: form(layer, share * _entries(layer)) for layer in layers[spared:]}
-        return {layer: new for layer, new in found.items() if new.size < _entries(layer)}
+    def saved(layer: nn.Module, rank: int) -> int:
+        return max(0, _entries(layer) - form(layer, rank).size)
 
-    def total(share: float) -> int:
-        return size(model) + sum(new.size - _entries(m) for m, new in products(share).items())
+    def total(chosen: Sequence[nn.Module], rank: int) -> int:
+        return size(model) - sum(saved(layer, rank) for layer in chosen)
 
-    if total(0.0) > allowed:
-        spared = 0
-    if total(0.0) > allowed:
-        least = total(0.0) / size(model)
+    possible = range(1, _entries(layers[-1]) + 1)
+    for chosen in (layers[spared:], layers):
+        rank = bisect_right(possible, allowed, key=partial(total, chosen))
+        if rank > 0:
+            break
+    else:
+        least = total(layers, 1) / size(model)
         raise ValueError(f"kept: expected at least {least:.4g}, which rank one takes, got {kept}")
-    low, high = 0.0, 1.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if total(middle) <= allowed else (low, middle)
-    chosen, left = products(low), allowed - total(low)
-    for layer in sorted(chosen, key=_entries, reverse=True):  # to whom a rank more matters least
-        more = form(layer, min(chosen[layer].size + left, _entries(layer) - 1))
-        left -= more.size - chosen[layer].size
-        chosen[layer] = more
-    return with_products(model, chosen)
+    ranks, left = dict.fromkeys(reversed(chosen), rank), allowed - total(chosen, rank)
+
+    def step(layer: nn.Module) -> int:
+        return saved(layer, ranks[layer]) - saved(layer, ranks[layer] + 1)
+
+    while layer := next((layer for layer in ranks if 0 < step(layer) <= left), None):
+        left -= step(layer)
+        ranks[layer] += 1
+    return with_products(model, {m: form(m, r) for m, r in ranks.items() if saved(m, r)})
 
 
 def with_products(model: nn.Module, products: Mapping[nn.Module, Product]) -> nn.Module:
@@ -108,7 +112,7 @@ def with_products(model: nn.Module, products: Mapping[nn.Module, Product]) -> nn
     return replaced(model, successors)
 
 
-def matrix(layer: Any, entries: float) -> Product:
+def matrix(layer: Any, rank: int) -> Product:
     """Return U V^T, at first by the singular value decomposition, whose values both factors share.
 
     A linear layer becomes two of them, and a convolution one with the same kernel to r channels,
@@ -116,29 +120,22 @@ def matrix(layer: Any, entries: float) -> Product:
     TPAMI 2016, arXiv:1505.06798).
     """
     each = len(layer.weight) + layer.weight[0].numel()
-    return matrix_of_rank(layer, max(1, int(entries // each)))
-
-
-def matrix_of_rank(layer: Any, rank: int) -> Product:
-    """Return U V^T of a rank."""
-    each = len(layer.weight) + layer.weight[0].numel()
     return Product(rank * each, partial(_two_layers, layer, rank))
 
 
-def tucker(layer: Any, entries: float) -> Product:
-    """Return core and factors, at first the HOSVD; ranks of modes are equal as far as they can be.
+def tucker(layer: Any, rank: int) -> Product:
+    """Return core and factors, at first the HOSVD.
 
     Y.-D. Kim et al., Compression of deep convolutional neural networks, ICLR 2016,
     arXiv:1511.06530, but with factors for the modes of the kernel too.
     """
     shape = tuple(layer.weight.shape)
-    share = max(entries / math.prod(shape), 1e-12)  # not zero, but nothing
-    ranks = gt.Fixed(share).for_shape(shape)
-    total = math.prod(ranks) + sum(map(mul, shape, ranks))
-    return Product(total, partial(_tucker_layer, layer, ranks))
+    ranks = gt.Fixed(rank).for_shape(shape)
+    entries = math.prod(ranks) + sum(map(mul, shape, ranks))
+    return Product(entries, partial(_tucker_layer, layer, ranks))
 
 
-def cp(layer: Any, entries: float) -> Product:
+def cp(layer: Any, rank: int) -> Product:
     """Return a sum of outer products: V. Lebedev et al., ICLR 2015, arXiv:1412.6553.
 
     At first at random: alternating least squares take minutes for a large layer, and find little
@@ -146,12 +143,11 @@ def cp(layer: Any, entries: float) -> Product:
     deviation of the dense ones.
     """
     each = 1 + sum(layer.weight.shape)
-    rank = max(1, int(entries // each))
     return Product(rank * each, partial(_cp_layer, layer, rank))
 
 
-def tt(layer: Any, entries: float) -> Product:
-    """Return a tensor train, at first by the TT-SVD; ranks are equal as far as they can be.
+def tt(layer: Any, rank: int) -> Product:
+    """Return a tensor train, at first by the TT-SVD.
 
     A linear layer's matrix is reshaped to up to three modes, each of inputs and outputs
     (A. Novikov et al., Tensorizing neural networks, NIPS 2015, arXiv:1509.06569), and a
@@ -160,18 +156,10 @@ def tt(layer: Any, entries: float) -> Product:
     shape = _train_shape(layer)
     sides = [accumulate(shape, mul), accumulate(reversed(shape), mul)]
     left, right = (list(side)[:-1] for side in sides)
-    bounds = list(map(min, left, reversed(right)))
-
-    def ranks(cap: int) -> tuple[int, ...]:
-        return (1, *(min(cap, bound) for bound in bounds), 1)
-
-    def entries_of(cap: int) -> int:
-        r = ranks(cap)
-        return sum(a * n * b for a, n, b in zip(r, shape, r[1:], strict=False))
-
-    caps = range(1, max(bounds, default=1) + 1)
-    cap = max(1, bisect_right(caps, entries, key=entries_of))
-    return Product(entries_of(cap), partial(_tt_layer, layer, ranks(cap)))
+    inner = [min(rank, *bounds) for bounds in zip(left, reversed(right), strict=True)]
+    ranks = (1, *inner, 1)
+    entries = sum(a * n * b for a, n, b in zip(ranks, shape, ranks[1:], strict=False))
+    return Product(entries, partial(_tt_layer, layer, ranks))
 
 
 def _can_be_a_product(module: nn.Module) -> bool:
@@ -217,7 +205,7 @@ def _tucker_layer(layer: Any, ranks: tuple[int, ...]) -> nn.Module:
 
 
 def _cp_layer(layer: Any, rank: int) -> nn.Module:
-    new = _tltorch_layer(layer, ((layer.weight.shape[1],), layer.weight.shape[:1]), "cp", rank)
+    new = _tltorch_layer(layer, "cp", rank)
     new.weight.normal_(0, float(layer.weight.detach().std()))
     return new
 
@@ -225,11 +213,11 @@ def _cp_layer(layer: Any, rank: int) -> nn.Module:
 @torch.no_grad()
 def _tt_layer(layer: Any, ranks: tuple[int, ...]) -> nn.Module:
     if isinstance(layer, nn.Linear):
-        new = _tltorch_layer(layer, _sides(layer), "blocktt", ranks)
+        new = _tltorch_layer(layer, "blocktt", ranks)
         new.weight.init_from_matrix(layer.weight)
         start = new.weight.to_matrix()
     else:
-        new = _tltorch_layer(layer, (), "tt", ranks)
+        new = _tltorch_layer(layer, "tt", ranks)
         new.weight.init_from_tensor(layer.weight.movedim(0, -1).contiguous())
         start = new.weight.to_tensor().movedim(-1, 0)
     gain = _gain(start, layer.weight) ** (1 / len(new.weight.factors))
@@ -238,28 +226,30 @@ def _tt_layer(layer: Any, ranks: tuple[int, ...]) -> nn.Module:
     return new
 
 
-def _tltorch_layer(layer: Any, sides: Any, factorization: str, rank: Any) -> Any:
-    """Return a layer of tensorly-torch with other weights; `sides` are a matrix's shapes.
+def _tltorch_layer(layer: Any, factorization: str, rank: Any) -> Any:
+    """Return a layer of tensorly-torch, without bias, whose weight is still to be set.
 
     By its class, as ``from_conv`` takes the first stride for all.
     """
     import tltorch  # switches TensorLy's backend, so not at the top
 
-    options = {"factorization": factorization, "rank": rank, "implementation": "factorized"}
-    options |= {"bias": False, "dtype": layer.weight.dtype}
-    if isinstance(layer, nn.Linear):
-        return tltorch.FactorizedLinear(*map(tuple, sides), **options)
-    where = {name: getattr(layer, name) for name in ("stride", "padding", "dilation")}
-    return tltorch.FactorizedConv(
-        layer.in_channels, layer.out_channels, layer.kernel_size, **where, **options
-    )
+    options: dict[str, Any] = {"factorization": factorization, "rank": rank, "bias": False}
+    options |= {"implementation": "factorized", "dtype": layer.weight.dtype}
+    if isinstance(layer, nn.Conv2d):
+        options |= {name: getattr(layer, name) for name in ("stride", "padding", "dilation")}
+        sizes = layer.in_channels, layer.out_channels, layer.kernel_size
+        return tltorch.FactorizedConv(*sizes, **options)
+    reshaped = factorization == "blocktt"
+    inputs, outputs = _sides(layer) if reshaped else ((layer.in_features,), (layer.out_features,))
+    return tltorch.FactorizedLinear(inputs, outputs, **options)
 
 
 def _sides(layer: nn.Linear) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return what inputs and outputs are reshaped to, into equally many modes."""
     from tltorch.utils import get_tensorized_shape
 
-    return get_tensorized_shape(layer.in_features, layer.out_features, order=3, verbose=False)
+    sides = get_tensorized_shape(layer.in_features, layer.out_features, order=3, verbose=False)
+    return tuple(sides[0]), tuple(sides[1])
 
 
 def _train_shape(layer: Any) -> tuple[int, ...]:

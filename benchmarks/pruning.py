@@ -92,7 +92,7 @@ def grasp(model: nn.Module, images: Tensor, labels: Tensor, number: int) -> Sequ
     weights = [layer.weight for layer in prunable(model)]
     loss = F.cross_entropy(model.train()(images) / TEMPERATURE, labels)
     gradients = torch.autograd.grad(loss, weights, create_graph=True)
-    along = sum((g * g.detach()).sum() for g in gradients)
+    along = torch.stack([(g * g.detach()).sum() for g in gradients]).sum()
     products = torch.autograd.grad(along, weights)
     return [(w * p).detach() for w, p in zip(weights, products, strict=True)]
 

@@ -22,7 +22,7 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
-from decompositions import matrix_of_rank, with_products
+from decompositions import matrix, with_products
 from runs import fill
 from torch import nn
 from training import Epoch, Recipe, lenet5, row, train
@@ -85,7 +85,7 @@ def matrices(model: nn.Module, data: DataSet, recipe: Recipe) -> Iterator[Epoch]
     """Descend on U and V of every weight as a matrix of rank 20, ``U V^T``."""
     model = densify(model)
     layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    products = {m: matrix_of_rank(m, min(RANK, *m.weight.flatten(1).shape)) for m in layers}
+    products = {m: matrix(m, min(RANK, *m.weight.flatten(1).shape)) for m in layers}
     model = with_products(model, products).to(memory_format=torch.channels_last)
     return train(model, recipe.sgd(model), data, recipe)
 
