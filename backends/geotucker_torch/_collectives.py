@@ -19,6 +19,7 @@ __all__ = [
     "fingerprint",
     "object_of_first",
     "phase",
+    "together",
 ]
 
 Group = Any  # torch.distributed.ProcessGroup: its name is missing where torch is built without
@@ -64,6 +65,31 @@ def phase(name: str, group: Group) -> Iterator[None]:
             "others. One was killed or has raised, or was later than the timeout of the process "
             f"group allows; see what it says itself. Here: {error}"
         ) from error
+
+
+@contextmanager
+def together(group: Group | None, kind: type[Exception]) -> Iterator[None]:
+    """Have a block, in which processes do not wait for one another, fail on all or on none.
+
+    Parameters
+    ----------
+    group : torch.distributed.ProcessGroup or None
+        With None this process is alone.
+    kind : type of Exception
+        Of the error on processes where the block went well; it says where it did not, and why.
+    """
+    try:
+        yield
+    except ProcessError:  # which all have, each its own
+        raise
+    except Exception as error:
+        if group is not None:
+            all_objects(f"{type(error).__name__}: {error}", group)
+        raise
+    reasons = [] if group is None else all_objects(None, group)
+    for process, reason in enumerate(reasons):
+        if reason is not None:
+            raise kind(f"process {process} of {len(reasons)} failed ({reason})")
 
 
 def average(parts: Sequence[Part], group: Group) -> list[list[Tensor] | None]:

@@ -19,10 +19,9 @@ raises on all. Truncation is computed by each from the same numbers. Should the 
 single bit, as on machines of different kinds they may, all take those of the first process.
 """
 
-import sys
 import time
 import weakref
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -51,10 +50,11 @@ from ._distribute import active_wrapper, check_ignored
 from ._layers import TuckerModule
 from ._lift import finish
 from ._lifted import Use
+from ._parts import is_sharded
 from ._slots import Slot
 from ._state import right_of
 
-__all__ = ["Peers", "group_of", "is_first", "is_joint", "is_sharded"]
+__all__ = ["Peers", "group_of", "group_that_trains", "is_first", "is_joint"]
 
 
 def group_of(process_group: Any = None) -> Group | None:
@@ -90,14 +90,18 @@ def is_joint(group: Group | None) -> bool:
 
 def is_first(model: nn.Module, optimizer: Any = None) -> bool:
     """Tell whether no other process comes before this one among those that train the model."""
+    return all(peers.is_first for peers in _peers_of(model, optimizer))
+
+
+def group_that_trains(model: nn.Module, optimizer: Any = None) -> Group | None:
+    """Return the group of the processes that train the model: all of them, if nothing is said."""
+    peers = next(_peers_of(model, optimizer), None)
+    return group_of() if peers is None else peers.group
+
+
+def _peers_of(model: nn.Module, optimizer: Any) -> "Iterator[Peers]":
     held = [optimizer, *(m for m in model.modules() if isinstance(m, TuckerModule))]
-    return all(peers.is_first for peers in (getattr(h, "peers", None) for h in held) if peers)
-
-
-def is_sharded(tensor: Any) -> bool:
-    """Tell whether a tensor is in parts on several processes, and averaged by who did that."""
-    tensors = sys.modules.get("torch.distributed.tensor")  # loaded where there are any
-    return tensors is not None and isinstance(tensor, tensors.DTensor)
+    return (peers for peers in (getattr(h, "peers", None) for h in held) if peers)
 
 
 class Peers:
@@ -258,6 +262,11 @@ class Peers:
             return []
         with phase("synchronisation", self._group):
             return average(parts, self._group)
+
+    @property
+    def group(self) -> Group:
+        """All of them."""
+        return self._group
 
     @property
     def is_first(self) -> bool:

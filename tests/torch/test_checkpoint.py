@@ -402,8 +402,8 @@ def test_pickles_are_not_run(write: Any, tmp_path: Path) -> None:
 def test_missing_files_are_the_system_s_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         load_checkpoint(tmp_path / "none")
-    with pytest.raises(IsADirectoryError):
-        load_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match=r"not a whole checkpoint \(.*checkpoint.json"):
+        load_checkpoint(tmp_path)  # a folder, but not one of a model in parts
     with pytest.raises(FileNotFoundError):
         save_checkpoint(tmp_path / "none" / "file", nn.Linear(2, 1))
 

@@ -1,6 +1,11 @@
 """Many processes train as one does on the joined batch, and fail together."""
 
+import hashlib
+import json
 import os
+import pickle
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from geotucker_torch import TDLRT, distribute, factorize, load_checkpoint
+from geotucker_torch import TDLRT, CheckpointError, distribute, factorize, load_checkpoint
 from geotucker_torch._collectives import fingerprint
 
 from . import workers
@@ -23,9 +28,11 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 # Sums are taken in another order, and Adam divides small numbers by small ones.
 TOLERANCE = 1e-9
 
-FOUR = ("momentum", "saved")  # first: what is saved is resumed on two
-TWO = (*workers.TRAININGS, *(name for name in workers.SCENARIOS if name not in workers.TRAININGS))
-JOBS = [f"4:{name}" for name in FOUR] + [f"2:{name}" for name in TWO if name != "saved"]
+# What is saved is resumed by other numbers of processes, and so comes first.
+FIRST = ["4:momentum", "4:saved", "1:saved_parts", "2:saved_parts"]
+OTHERS = ["4:resumed parts of 2", "1:resumed parts of 2"]
+ELSEWHERE = {"saved", "saved_parts", "resumed parts of 2"}
+JOBS = FIRST + OTHERS + [f"2:{name}" for name in workers.SCENARIOS if name not in ELSEWHERE]
 
 Results = Callable[..., list[Any]]
 
@@ -83,10 +90,91 @@ def test_four_processes_save_what_two_and_one_resume(folder: Path, results: Resu
     assert_alike([workers.resumed(folder, 0, 1)], expected)
 
 
-def test_a_model_in_parts_is_not_saved_as_a_whole(folder: Path, results: Results) -> None:
-    for message in results("save_parts"):
-        assert "expected whole tensors, got '0.bias' in parts on several processes" in message
-    assert not (folder / "parts").exists()
+def assert_resumed(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
+    ranks = [list(history.values()) for history in expected["history"].values()]
+    assert any(r[0] != r[3] for r in ranks) and any(r[3] != r[-1] for r in ranks)
+    assert_alike(found, expected)
+
+
+@pytest.mark.parametrize(("saved", "resumed"), [(1, 2), (2, 1), (2, 4)])
+def test_models_in_parts_are_resumed_by_other_numbers_of_processes(
+    saved: int, resumed: int, results: Results
+) -> None:
+    assert all(isinstance(result, dict) for result in results("saved_parts", saved))
+    expected = workers.train(0, 1, **workers.PARTS)
+    assert_resumed(results(f"resumed parts of {saved}", resumed), expected)
+
+
+def test_what_was_in_parts_is_resumed_whole_and_the_reverse(folder: Path, results: Results) -> None:
+    expected = workers.train(0, 1, **workers.PARTS)
+    assert_resumed([workers.resumed_parts("parts of 2")(folder, 0, 1)], expected)
+    assert load_checkpoint(folder / "parts of 2") == {"step": 3, "rank": 0}
+    assert_alike(results("resumed checkpoint"), workers.train(0, 1, kind="adam"))
+
+
+def test_a_folder_holds_one_checkpoint(folder: Path) -> None:
+    names = sorted(entry.name for entry in (folder / "parts of 2").iterdir())
+    assert len(names) == 2 and names[0] == "checkpoint.json"
+
+
+REFUSED = {
+    "absent": r"FileNotFoundError .*nowhere",
+    "absent on one": r"nowhere",
+    "no index": r"no index: not a whole checkpoint .*checkpoint\.json",
+    "no metadata": r"no metadata: not a whole checkpoint .*\.metadata",
+    "no part": r"no part: not a whole checkpoint .*distcp",
+    "cut": r"cut: not a whole checkpoint",
+    "flipped": r"flipped: not a whole checkpoint .*distcp does not have the checksum",
+    "newer": r"newer: expected a checkpoint of format 1 or older, got 2",
+    "other model": r"(?s)does not fit the model .*Unexpected key",
+    "other rule": r"does not fit the optimizer .*expected budgets for the patterns \[\]",
+    "save unknown": r"TypeError .*got object",
+    "save nowhere": r"No such file or directory",
+    "save file": r"expected a folder for a model in parts, got a file",
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_all_processes_refuse_what_one_cannot_load_or_save(case: str, results: Results) -> None:
+    for messages in results("refused_parts"):
+        assert isinstance(messages, dict), messages
+        assert re.search(REFUSED[case], messages[case])
+
+
+def test_metadata_in_a_folder_run_no_code(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "parts of 2", tmp_path / "copy")
+    (metadata,) = tmp_path.glob("copy/*/.metadata")
+    index = json.loads((tmp_path / "copy" / "checkpoint.json").read_text())
+    mark = tmp_path / "exploded"
+    data = pickle.dumps(Bomb(mark))
+    metadata.write_bytes(data)
+    index["tensors"]["files"][".metadata"] = hashlib.sha256(data).hexdigest()
+    (tmp_path / "copy" / "checkpoint.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"not a whole checkpoint .*got posix\.mkdir"):
+        load_checkpoint(tmp_path / "copy")
+    assert not mark.exists()
+    pickle.loads(data)  # it would have
+    assert mark.exists()
+
+
+class Bomb:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize(("killed", "survivor"), [("parts", 0), ("index", 1)])
+def test_a_process_killed_while_parts_are_saved_leaves_the_last_checkpoint(
+    killed: str, survivor: int, folder: Path
+) -> None:
+    assert not (folder / f"killed with {killed}.2.{1 - survivor}").exists()
+    message = torch.load(folder / f"killed with {killed}.2.{survivor}")
+    assert message.startswith(f"ProcessError checkpoint: process {survivor} of 2 has lost")
+    assert load_checkpoint(folder / f"parts before {killed}", workers.network()) == {"step": 1}
 
 
 @pytest.mark.parametrize("name", ["unused_layers", "unused_layers alone"])
@@ -104,6 +192,11 @@ def test_nan_on_one_process_stops_the_step_on_all(results: Results) -> None:
         assert "expected finite numbers" in result["message"]
         assert result["same"]
         assert result["ranks"] == results("broken_input")[0]["ranks"]
+
+
+def test_nan_in_a_part_of_one_process_stops_the_step_on_all(results: Results) -> None:
+    for message in results("broken_part"):
+        assert "expected finite numbers" in message
 
 
 def test_processes_that_truncate_differently_take_what_the_first_has(results: Results) -> None:
