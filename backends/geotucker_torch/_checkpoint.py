@@ -17,7 +17,7 @@ from ._collectives import Group, phase, together
 from ._guard import untouched_if_loading_fails
 from ._modules import check_model
 from ._parts import is_sharded
-from ._peers import group_that_trains, is_first
+from ._peers import group_that_trains, is_first, telling
 from ._sections import CheckpointError, read, write, write_together
 from ._weights import load_weights
 
@@ -82,10 +82,11 @@ def save_checkpoint(
     check_model(model)
     parts = model, optimizer, scheduler, extra
     group = _group_of_parts(model, optimizer)
-    if group is not None:
-        write_together(Path(path), parts, group)
-    elif is_first(model, optimizer):
-        write(Path(path), parts)
+    with telling("checkpoint", model, optimizer):
+        if group is not None:
+            write_together(Path(path), parts, group)
+        elif is_first(model, optimizer):
+            write(Path(path), parts)
 
 
 def load_checkpoint(
@@ -148,7 +149,11 @@ def load_checkpoint(
         return read(path)["extra"]
     check_model(model)
     group = _group_of_parts(model, optimizer)
-    with untouched_if_loading_fails(model, optimizer, scheduler), _as_one(group):
+    with (
+        telling("checkpoint", model, optimizer),
+        untouched_if_loading_fails(model, optimizer, scheduler),
+        _as_one(group),
+    ):
         content = read(path, model, given, group)
         with _blamed_on(path, "model"):
             weights = _weights(content)

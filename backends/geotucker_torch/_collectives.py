@@ -10,6 +10,8 @@ from torch import Tensor
 
 import geotucker as gt
 
+from ._whereabouts import last_heard
+
 __all__ = [
     "Part",
     "ProcessError",
@@ -28,7 +30,8 @@ Group = Any  # torch.distributed.ProcessGroup: its name is missing where torch i
 class ProcessError(gt.GeotuckerError, RuntimeError):
     """A process has lost the others: one was killed, has raised, is late, or does something else.
 
-    The message says in which phase of the training, and on which process.
+    The message says in which phase of the training this process was, and where the others were
+    when they were last heard of, if they have met at a ``TCPStore`` that is still there.
     """
 
 
@@ -63,7 +66,7 @@ def phase(name: str, group: Group) -> Iterator[None]:
         raise ProcessError(
             f"{name}: process {dist.get_rank(group)} of {dist.get_world_size(group)} has lost the "
             "others. One was killed or has raised, or was later than the timeout of the process "
-            f"group allows; see what it says itself. Here: {error}"
+            f"group allows; see what it says itself. {last_heard(group)} Here: {error}"
         ) from error
 
 

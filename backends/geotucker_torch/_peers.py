@@ -22,6 +22,7 @@ single bit, as on machines of different kinds they may, all take those of the fi
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -53,8 +54,9 @@ from ._lifted import Use
 from ._parts import is_sharded
 from ._slots import Slot
 from ._state import right_of
+from ._whereabouts import Whereabouts
 
-__all__ = ["Peers", "group_of", "group_that_trains", "is_first", "is_joint"]
+__all__ = ["Peers", "group_of", "group_that_trains", "is_first", "is_joint", "telling"]
 
 
 def group_of(process_group: Any = None) -> Group | None:
@@ -99,6 +101,19 @@ def group_that_trains(model: nn.Module, optimizer: Any = None) -> Group | None:
     return group_of() if peers is None else peers.group
 
 
+@contextmanager
+def telling(phase: str, model: nn.Module, optimizer: Any = None) -> Iterator[None]:
+    """Tell those that train the model that this process is in a phase, and then that it is back."""
+    peers = next(_peers_of(model, optimizer), None)
+    if peers is None:
+        yield
+        return
+    before = peers.phase
+    peers.tell(phase)
+    yield
+    peers.tell(before)
+
+
 def _peers_of(model: nn.Module, optimizer: Any) -> "Iterator[Peers]":
     held = [optimizer, *(m for m in model.modules() if isinstance(m, TuckerModule))]
     return (peers for peers in (getattr(h, "peers", None) for h in held) if peers)
@@ -136,6 +151,9 @@ class Peers:
         self._wrappers: dict[DistributedDataParallel, bool] = {}
         self._met = True
         self._seconds = 0.0
+        self._whereabouts = Whereabouts(group)
+        self.steps = 0  # that have been taken, kept by the optimizer
+        self.tell("start")
         with phase("start", group), torch.no_grad():
             self._start(model)
         for slot in slots:
@@ -172,6 +190,15 @@ class Peers:
         for tensor, value in zip(rest, values, strict=True):
             tensor.copy_(value)
 
+    @property
+    def phase(self) -> str:
+        """What was told last."""
+        return self._whereabouts.phase
+
+    def tell(self, phase: str) -> None:
+        """Tell the others which phase this process enters, should it be lost there."""
+        self._whereabouts.tell(phase, self.steps)
+
     # A training step, in its order.
 
     def enter(self) -> None:
@@ -184,6 +211,9 @@ class Peers:
         """
         if self._met:
             self._wrappers, self._met = {}, False
+        # In backward it is an activation checkpoint that runs again.
+        if self.phase != "forward" and torch._C._current_graph_task_id() == -1:
+            self.tell("forward")
         wrapper = active_wrapper()
         if wrapper is not None:
             if wrapper not in self._wrappers:
@@ -195,6 +225,7 @@ class Peers:
         backward = torch._C._current_graph_task_id()
         if backward not in self._expected:
             self._expected.add(backward)
+            self.tell("backward")
             Variable._execution_engine.queue_callback(lambda: self._meet(backward))
 
     def _meet(self, backward: int) -> None:
@@ -238,6 +269,7 @@ class Peers:
                 layer.core.grad = mean[0]
                 if layer.lifted_norm is not None:
                     layer.lifted_norm = mean[0].abs().amax()
+        self.tell("the time between backward and step")
         self._seconds += time.perf_counter() - start
 
     def _others(self, moving: Mapping[TuckerModule, Any]) -> list[nn.Parameter]:
@@ -260,6 +292,7 @@ class Peers:
     def _average(self, parts: Sequence[Part]) -> list[list[Tensor] | None]:
         if not parts:
             return []
+        self.tell("synchronisation")
         with phase("synchronisation", self._group):
             return average(parts, self._group)
 

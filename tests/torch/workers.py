@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -294,7 +295,7 @@ def late(folder: Path, rank: int, world: int) -> str:
     """Build the optimizer before the processes know of one another."""
     model = network()
     optimizer = TDLRT(OPTIMIZERS["sgd"](model), model)
-    join(folder, rank, world)
+    join(rank, world)
     model(batch(0)[0]).sum().backward()
     try:
         optimizer.step()
@@ -472,9 +473,6 @@ def killed_with_parts(phase: str) -> Callable[[Path, int, int], str]:
     """Save twice; in the second time a process is killed."""
 
     def scenario(folder: Path, rank: int, world: int) -> str:
-        def die(*_: Any, **__: Any) -> Any:
-            os.kill(os.getpid(), signal.SIGKILL)
-
         model, optimizer = trained_parts(PARTS["rule"])
         path = folder / f"parts before {phase}"
         save_checkpoint(path, model, optimizer, step=1)
@@ -491,6 +489,11 @@ def killed_with_parts(phase: str) -> Callable[[Path, int, int], str]:
     return scenario
 
 
+def die(*_: Any, **__: Any) -> Any:
+    time.sleep(0.2)  # what was told has arrived, however busy the machine
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def killed_in(phase: str) -> Callable[[Path, int, int], str]:
     """Train until a process is killed: the first one while it saves, else the last one."""
 
@@ -498,26 +501,26 @@ def killed_in(phase: str) -> Callable[[Path, int, int], str]:
         model = network()
         outer = DistributedDataParallel(model) if phase == "backward" else model
         victim = rank == (0 if phase == "checkpoint" else world - 1)
-
-        def die(*_: Any) -> Any:
-            os.kill(os.getpid(), signal.SIGKILL)
-
         try:
             if victim and phase == "start":
-                die()
+                dist.all_gather_object = die
             optimizer = TDLRT(OPTIMIZERS["sgd"](model), model, gt.Tolerance(0.1))
             for step in range(4):
                 optimizer.zero_grad()
                 dying = victim and step == 2
                 if dying and phase == "forward":
-                    die()
+                    model[2].register_forward_hook(die)
+                if dying and phase == "backward":  # between two layers
+                    model[3].register_full_backward_pre_hook(die)
                 x, y = (shard(t, rank, world) for t in batch(step))
-                output = outer(x)
-                if dying and phase == "backward":
-                    output.register_hook(die)
+                loss = nn.functional.cross_entropy(outer(x), y)
+                if dying and phase == "synchronisation":
+                    dist.all_reduce = die
+                loss.backward()
+                if dying and phase == "step":
+                    optimizer.wrapped.step = die
                 if dying and phase == "truncation":
                     gt.truncate = die
-                nn.functional.cross_entropy(output, y).backward()
                 optimizer.step()
                 if dying and phase == "checkpoint":
                     os.replace = die
@@ -530,13 +533,42 @@ def killed_in(phase: str) -> Callable[[Path, int, int], str]:
     return scenario
 
 
-def join(folder: Path, rank: int, world: int) -> None:
+def killed_with_the_store(folder: Path, rank: int, world: int) -> str:
+    """Lose the process that keeps what processes have told."""
+    if rank == 0:
+        store = publish_store(folder / "port")
+    else:
+        store = dist.TCPStore("127.0.0.1", read_port(folder / "port"))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+    model = network()
+    optimizer = TDLRT(OPTIMIZERS["sgd"](model), model)
+    try:
+        for step in range(2):
+            if rank == 0 and step == 1:
+                model[2].register_forward_hook(die)
+            optimizer.zero_grad()
+            model(batch(0)[0]).sum().backward()
+            optimizer.step()
+    except gt.GeotuckerError as error:
+        return f"{type(error).__name__} {error}"
+    return "nothing was raised"
+
+
+PHASES = ("start", "forward", "backward", "synchronisation", "step", "truncation", "checkpoint")
+
+TIMEOUT = timedelta(seconds=20)
+STORE: dict[str, Any] = {}  # where processes meet: the port, and a name for each job
+
+
+def join(rank: int, world: int) -> None:
+    """Meet the others, as under torchrun, at a store that another process keeps."""
+    store = dist.TCPStore("127.0.0.1", STORE["port"], timeout=TIMEOUT)
     dist.init_process_group(
         "gloo",
-        init_method=f"file://{folder}/meeting",
+        store=dist.PrefixStore(STORE["job"], store),
         rank=rank,
         world_size=world,
-        timeout=timedelta(seconds=20),
+        timeout=TIMEOUT,
     )
 
 
@@ -544,15 +576,13 @@ SCENARIOS: dict[str, Callable[[Path, int, int], Any]] = {
     name: lambda folder, rank, world, options=options: train(rank, world, **options)
     for name, options in TRAININGS.items()
 }
-SCENARIOS |= {
-    f"killed in {phase}": killed_in(phase)
-    for phase in ("start", "forward", "backward", "truncation", "checkpoint")
-}
+SCENARIOS |= {f"killed in {phase}": killed_in(phase) for phase in PHASES}
 SCENARIOS |= {
     f.__name__: f
     for f in (
         broken_input,
         broken_part,
+        killed_with_the_store,
         late,
         means,
         not_told,
@@ -576,8 +606,8 @@ SCENARIOS["unused_layers alone"] = lambda folder, rank, world: unused_layers(ran
 def work(folder: Path, rank: int, world: int, name: str) -> None:
     """Run a scenario in a process of its own, and leave its result in a file."""
     try:
-        if name != "late":
-            join(folder, rank, world)
+        if name not in ("late", "killed_with_the_store"):
+            join(rank, world)
         result = SCENARIOS[name](folder, rank, world)
     except BaseException:
         result = traceback.format_exc()
@@ -585,11 +615,41 @@ def work(folder: Path, rank: int, world: int, name: str) -> None:
     os._exit(0)
 
 
+def keep_store(folder: Path) -> int:
+    """Keep the store at which others meet, in a process of its own; return its id.
+
+    A store has threads, and who has threads cannot fork others that are sure to run.
+    """
+    parent = os.getpid()
+    child = os.fork()
+    if child == 0:
+        store = publish_store(folder / "port of all")
+        while store and os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(0)
+    STORE["port"] = read_port(folder / "port of all")
+    return child
+
+
+def publish_store(path: Path) -> dist.TCPStore:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    path.with_suffix(".part").write_text(str(store.port))
+    path.with_suffix(".part").rename(path)
+    return store
+
+
+def read_port(path: Path) -> int:
+    while not path.exists():
+        time.sleep(0.01)
+    return int(path.read_text())
+
+
 def main(folder: Path, jobs: list[str]) -> None:
     torch.set_num_threads(1)
+    keeper = keep_store(folder)
     for job in jobs:
+        STORE["job"] = job
         number, name = job.split(":")
-        (folder / "meeting").unlink(missing_ok=True)
         children = []
         for rank in range(int(number)):
             child = os.fork()
@@ -598,6 +658,7 @@ def main(folder: Path, jobs: list[str]) -> None:
             children.append(child)
         for child in children:
             os.waitpid(child, 0)
+    os.kill(keeper, signal.SIGKILL)
 
 
 if __name__ == "__main__":
