@@ -91,7 +91,7 @@ def _ask(group: Group, found: dict[int, str]) -> None:
 def _store_of(group: Group) -> Any:
     """Return the store of a group, None if there is none that takes messages at no cost."""
     try:
-        store = group.get_group_store()  # PyTorch 2.6 has no such method
+        store = group.get_group_store()  # which older versions lack
     except (AttributeError, RuntimeError):
         return None
     kept = store
