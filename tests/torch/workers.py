@@ -361,19 +361,21 @@ def resumed_parts(name: str) -> Callable[[Path, int, int], dict[str, Any]]:
     return scenario
 
 
-def broken_part(folder: Path, rank: int, world: int) -> str:
-    """NaN is in the gradient of one process's part of a tensor."""
-    model = network()
-    shard_dense_parts(model)
-    optimizer = TDLRT(OPTIMIZERS["sgd"](model), model)
-    model(batch(0)[0]).sum().backward()
-    if rank == 0:
-        model[7].weight.grad.to_local()[0] = torch.nan
-    try:
-        optimizer.step()
-    except gt.NonFiniteError as error:
-        return str(error)
-    return "nothing was raised"
+def broken_part(folder: Path, rank: int, world: int) -> list[str]:
+    """NaN is in the gradient of one process's part of a tensor, of one and of the other."""
+    messages = []
+    for broken in range(world):
+        model = network()
+        shard_dense_parts(model)
+        optimizer = TDLRT(OPTIMIZERS["sgd"](model), model)
+        model(batch(0)[0]).sum().backward()
+        if rank == broken:
+            model[7].weight.grad.to_local()[0] = torch.nan
+        try:
+            optimizer.step()
+        except gt.NonFiniteError as error:
+            messages.append(str(error))
+    return messages
 
 
 def trained_parts(rule: Any, **options: Any) -> tuple[nn.Module, TDLRT]:
