@@ -1,19 +1,5 @@
-"""Checkpoints: model, optimizer, scheduler and more in one file, which loads whole or not at all.
+"""Checkpoints: model, optimizer, scheduler and more, which load whole or not at all."""
 
-The file is a safetensors file. The model's tensors have their state-dict names, so that a file
-without optimizer is also what ``safetensors.torch.load_file`` and ``model.load_state_dict`` take;
-names of all other tensors begin with a dot, which no state-dict name does. Its metadata has one
-key, "geotucker" (safetensors writes several in a random order), with JSON:
-
-- ``format``: the number of this layout, raised whenever older readers would not understand it;
-- ``version``: of the package that wrote it;
-- ``sha256``: of all the rest and of the tensors, since safetensors has no checksum;
-- ``content``: by section what `pack` says of it. Plain values are here, and so are the ranks of
-  all layers over time (see `TDLRT.rank_history`); present ranks are the shapes of the cores.
-"""
-
-import hashlib
-import json
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -21,30 +7,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 import geotucker as gt
 
-from ._files import write_atomically
+from ._collectives import Group, phase, together
 from ._guard import untouched_if_loading_fails
 from ._modules import check_model
-from ._optimizer import TDLRT
-from ._peers import is_first, is_sharded
-from ._tree import pack, unpack
+from ._parts import is_sharded
+from ._peers import group_that_trains, is_first, telling
+from ._sections import CheckpointError, read, write, write_together
 from ._weights import load_weights
 
-__all__ = ["FORMAT", "CheckpointError", "load_checkpoint", "save_checkpoint"]
-
-FORMAT = 1
-_KEY = "geotucker"
-
-
-class CheckpointError(gt.GeotuckerError, ValueError):
-    """A file that is not a whole checkpoint, or not one of this model, optimizer or scheduler."""
+__all__ = ["CheckpointError", "load_checkpoint", "save_checkpoint"]
 
 
 def save_checkpoint(
@@ -61,10 +38,14 @@ def save_checkpoint(
     are not saved. Of several processes that train the model together (see `TDLRT`) the first one
     writes, and the others return at once: call it on all of them, or on the first only.
 
+    A model in parts on several processes (FSDP2) becomes a folder, in which each process writes its
+    parts by ``torch.distributed.checkpoint``: call it on all of them. It is replaced as a file is.
+
     Parameters
     ----------
     path : str or path-like
-        The file; its folder exists. By custom it ends in ``.safetensors``.
+        The file, or the folder of a model in parts; what contains it exists, and all processes see
+        it. By custom a file ends in ``.safetensors``.
     model : nn.Module
         On any device; tensors are stored in their dtypes.
     optimizer : torch.optim.Optimizer, optional
@@ -74,14 +55,18 @@ def save_checkpoint(
     **extra
         What else is needed to go on: tensors, numbers, strings, booleans, None, and dicts (keys:
         str or int), lists and tuples of these. For instance ``epoch=3``,
-        ``rng=torch.get_rng_state()`` or ``scaler=scaler.state_dict()``.
+        ``rng=torch.get_rng_state()`` or ``scaler=scaler.state_dict()``. Of several processes those
+        of the first are saved.
 
     Raises
     ------
     TypeError
         If something cannot be saved.
     OSError
-        If the file cannot be written. In both cases an older file is untouched.
+        If the file cannot be written. In both cases an older file is untouched, and of a model in
+        parts it is so on all processes.
+    ProcessError
+        If the model is in parts, and another process is lost.
 
     Examples
     --------
@@ -95,26 +80,13 @@ def save_checkpoint(
     ({'epoch': 7}, (3, 3))
     """
     check_model(model)
-    state = model.state_dict()
-    parts = [name for name, t in state.items() if is_sharded(t)]
-    if parts:
-        raise TypeError(
-            f"model: expected whole tensors, got {parts[0]!r} in parts on several processes; save "
-            "with torch.distributed.checkpoint, which knows them"
-        )
-    if not is_first(model, optimizer):
-        return
-    tensors: dict[str, Tensor] = {}
-    content = {
-        "model": pack(state, "", tensors),
-        "metadata": pack(getattr(state, "_metadata", None), ".metadata", tensors),
-        "optimizer": _pack_state(optimizer, "optimizer", tensors),
-        "scheduler": _pack_state(scheduler, "scheduler", tensors),
-        "extra": pack(extra, ".extra", tensors),
-    }
-    about = {"format": FORMAT, "version": gt.__version__, "content": content}
-    metadata = {_KEY: json.dumps({"sha256": _digest(about, tensors), **about})}
-    write_atomically(Path(path), safetensors.torch.save(tensors, metadata))
+    parts = model, optimizer, scheduler, extra
+    group = _group_of_parts(model, optimizer)
+    with telling("checkpoint", model, optimizer):
+        if group is not None:
+            write_together(Path(path), parts, group)
+        elif is_first(model, optimizer):
+            write(Path(path), parts)
 
 
 def load_checkpoint(
@@ -123,20 +95,24 @@ def load_checkpoint(
     optimizer: Optimizer | None = None,
     scheduler: Any = None,
 ) -> dict[str, Any]:
-    """Load what `save_checkpoint` wrote, all of it or nothing.
+    """Load what `save_checkpoint` wrote, file or folder, all of it or nothing.
 
     The layers take the ranks that they find, the Parameter objects stay, and training goes on bit
     by bit as if it had never stopped (on the same machine, with the same data and random numbers).
     Nothing in the file can execute code. Weights are taken as by `load_weights`: a checkpoint of a
-    dense model can be loaded into a factorised one, and the reverse.
+    dense model can be loaded into a factorised one, and the reverse. Files and folders know nothing
+    of the number of processes, nor of what was in parts on them: both load into a model in parts on
+    any number, and into a whole one on any or without torch.distributed. A process reads what it
+    needs.
 
     Parameters
     ----------
     path : str or path-like
-        The file.
+        The file or folder.
     model : nn.Module, optional
         Of the architecture that was saved, at any ranks, on any device. Without it nothing is
-        loaded, and the extras returned: settings, say, to build the model from.
+        loaded, and the extras returned: settings, say, to build the model from. If it is in parts
+        on several processes, call this on all of them.
     optimizer, scheduler : optional
         Of the kinds that were saved. Without them their state is left in the file.
 
@@ -149,9 +125,11 @@ def load_checkpoint(
     ------
     CheckpointError
         If the file is not a whole checkpoint, or does not fit; nothing is changed then, neither
-        model nor optimizer nor scheduler.
+        model nor optimizer nor scheduler. Of a model in parts that is so on all processes.
     OSError
         If there is no such file, or it cannot be read.
+    ProcessError
+        If the model is in parts, and another process is lost.
 
     Examples
     --------
@@ -162,78 +140,47 @@ def load_checkpoint(
     >>> load_checkpoint(path)
     {'settings': {'width': 6}}
     """
-    given = {"optimizer": optimizer, "scheduler": scheduler}
-    if model is not None:
-        check_model(model)
-    elif any(part is not None for part in given.values()):
+    parts = {"optimizer": optimizer, "scheduler": scheduler}
+    given = {name: part for name, part in parts.items() if part is not None}
+    if model is None and given:
         raise TypeError("model: expected the model that was saved with the rest, got None")
     path = Path(path)
-    content = _read(path)
-    for name, part in given.items():
-        _check_kind(path, name, part, content[name])
-    if model is not None:
-        with untouched_if_loading_fails(model, optimizer, scheduler):
-            with _blamed_on(path, "model"):
-                weights = _weights(content)
-                _check_tensors(model, weights)
-                load_weights(model, weights)
-            for name, part in given.items():
-                if part is not None:
-                    with _blamed_on(path, name):
-                        part.load_state_dict(content[name]["state"])
+    if model is None:
+        return read(path)["extra"]
+    check_model(model)
+    group = _group_of_parts(model, optimizer)
+    with (
+        telling("checkpoint", model, optimizer),
+        untouched_if_loading_fails(model, optimizer, scheduler),
+        _as_one(group),
+    ):
+        content = read(path, model, given, group)
+        with _blamed_on(path, "model"):
+            weights = _weights(content)
+            _check_tensors(model, weights)
+            load_weights(model, weights)
+        for name, part in given.items():
+            with _blamed_on(path, name):
+                part.load_state_dict(content[name]["state"])
     extra: dict[str, Any] = content["extra"]
     return extra
 
 
-def _pack_state(part: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """Describe the state of an optimizer or scheduler, and whose it is."""
-    if part is None:
-        return None
-    return {"type": _kind(part), "state": pack(part.state_dict(), f".{name}", tensors)}
+def _group_of_parts(model: nn.Module, optimizer: Any) -> Group | None:
+    """Return the processes that have the parts of a model, None if it is whole."""
+    if any(map(is_sharded, model.state_dict().values())):
+        return group_that_trains(model, optimizer)
+    return None
 
 
-def _kind(part: Any) -> str:
-    wrapped = f" of {_kind(part.wrapped)}" if isinstance(part, TDLRT) else ""
-    return type(part).__name__ + wrapped
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Return the sections of a checkpoint that is whole."""
-    with open(path, "rb"):  # what hinders this is the system's, what follows the file's fault
-        pass
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
-            about = json.loads((file.metadata() or {})[_KEY])
-            if about["format"] > FORMAT:
-                raise CheckpointError(
-                    f"{path}: expected a checkpoint of format {FORMAT} or older, got "
-                    f"{about['format']}, written by geotucker {about['version']}; upgrade geotucker"
-                )
-            # Clones lie in memory that torch allocated and aligned, as in a run that was never
-            # interrupted: results of vectorised kernels may depend on the alignment.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        if about.pop("sha256") != _digest(about, tensors):
-            raise ValueError("its content does not have the checksum that was saved")
-        content = about["content"].items()
-        return {name: _unpack_section(node, tensors) for name, node in content}
-    except CheckpointError:
-        raise
-    except (OSError, safetensors.SafetensorError, LookupError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a whole checkpoint ({error})") from error
-
-
-def _unpack_section(node: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(node, dict) and "type" in node:
-        return {"type": node["type"], "state": unpack(node["state"], tensors)}
-    return unpack(node, tensors)
-
-
-def _digest(about: Any, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(json.dumps(about).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+@contextmanager
+def _as_one(group: Group | None) -> Iterator[None]:
+    """Have a block raise on all processes of a group or on none."""
+    if group is None:
+        yield
+        return
+    with phase("checkpoint", group), together(group, CheckpointError):
+        yield
 
 
 def _weights(content: Mapping[str, Any]) -> "OrderedDict[str, Any]":
@@ -259,15 +206,6 @@ def _check_tensors(model: nn.Module, weights: Mapping[str, Any]) -> None:
                 f"expected {own.dtype} for {name!r}, got {saved.dtype}; convert the model before "
                 f"it is loaded, with model.to({saved.dtype}), or afterwards"
             )
-
-
-def _check_kind(path: Path, name: str, part: Any, saved: Any) -> None:
-    """Raise CheckpointError unless a state of this kind of object was saved."""
-    if part is None:
-        return
-    got = "none" if saved is None else f"that of {saved['type']}"
-    if saved is None or saved["type"] != _kind(part):
-        raise CheckpointError(f"{path}: {name}: expected the state of {_kind(part)}, got {got}")
 
 
 @contextmanager

@@ -10,6 +10,8 @@ from torch import Tensor
 
 import geotucker as gt
 
+from ._whereabouts import last_heard
+
 __all__ = [
     "Part",
     "ProcessError",
@@ -19,6 +21,7 @@ __all__ = [
     "fingerprint",
     "object_of_first",
     "phase",
+    "together",
 ]
 
 Group = Any  # torch.distributed.ProcessGroup: its name is missing where torch is built without
@@ -27,7 +30,8 @@ Group = Any  # torch.distributed.ProcessGroup: its name is missing where torch i
 class ProcessError(gt.GeotuckerError, RuntimeError):
     """A process has lost the others: one was killed, has raised, is late, or does something else.
 
-    The message says in which phase of the training, and on which process.
+    The message says in which phase of the training this process was, and where the others were
+    when they were last heard of, if they have met at a ``TCPStore`` that is still there.
     """
 
 
@@ -62,8 +66,33 @@ def phase(name: str, group: Group) -> Iterator[None]:
         raise ProcessError(
             f"{name}: process {dist.get_rank(group)} of {dist.get_world_size(group)} has lost the "
             "others. One was killed or has raised, or was later than the timeout of the process "
-            f"group allows; see what it says itself. Here: {error}"
+            f"group allows; see what it says itself. {last_heard(group)} Here: {error}"
         ) from error
+
+
+@contextmanager
+def together(group: Group | None, kind: type[Exception]) -> Iterator[None]:
+    """Have a block, in which processes do not wait for one another, fail on all or on none.
+
+    Parameters
+    ----------
+    group : torch.distributed.ProcessGroup or None
+        With None this process is alone.
+    kind : type of Exception
+        Of the error on processes where the block went well; it says where it did not, and why.
+    """
+    try:
+        yield
+    except ProcessError:  # which all have, each its own
+        raise
+    except Exception as error:
+        if group is not None:
+            all_objects(f"{type(error).__name__}: {error}", group)
+        raise
+    reasons = [] if group is None else all_objects(None, group)
+    for process, reason in enumerate(reasons):
+        if reason is not None:
+            raise kind(f"process {process} of {len(reasons)} failed ({reason})")
 
 
 def average(parts: Sequence[Part], group: Group) -> list[list[Tensor] | None]:

@@ -10,6 +10,8 @@ from torch import Tensor
 import geotucker as gt
 from geotucker import _ops
 
+from ._parts import is_sharded, largest_entry
+
 __all__ = ["Largest", "check_finite", "largest_of"]
 
 
@@ -24,15 +26,17 @@ class Largest(NamedTuple):
 
 
 def largest_of(named: Iterable[tuple[str, Tensor]]) -> list[Largest]:
-    """Return the largest magnitudes of tensors, dense or sparse; nothing is asked of the device."""
+    """Return the largest magnitudes of tensors, dense or sparse; nothing is asked of the device.
+
+    For tensors in parts processes exchange them.
+    """
     found = []
     for name, tensor in named:
         values = tensor.detach().coalesce().values() if tensor.is_sparse else tensor.detach()
         if values.numel():
-            magnitude = torch.linalg.vector_norm(values, math.inf)
-            # Of a tensor in parts on several processes.
-            whole = getattr(magnitude, "full_tensor", None)
-            found.append(Largest(name, magnitude if whole is None else whole()))
+            whole = not is_sharded(values)
+            norm = torch.linalg.vector_norm(values, math.inf) if whole else largest_entry(values)
+            found.append(Largest(name, norm))
     return found
 
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 import geotucker as gt
 
 from ._layers import TuckerModule
+from ._parts import is_sharded
 from ._slots import Slot, find_slots
 
 __all__ = ["restored_if_it_fails", "untouched_if_loading_fails"]
@@ -81,6 +82,7 @@ def untouched_if_loading_fails(
     optimizer, scheduler : optional
         By their ``state_dict``.
     """
+    model.state_dict()  # has FSDP2 put parts back where a forward pass has left whole parameters
     tensors = [t for t in chain(model.parameters(), model.buffers()) if not nn.parameter.is_lazy(t)]
     # The aliases keep the memory, whatever shape the tensors take; the copies what is in it.
     aliases = [tensor.detach() for tensor in tensors]
@@ -103,7 +105,8 @@ def untouched_if_loading_fails(
             for tensor, alias, copied in zip(tensors, aliases, copies, strict=True):
                 alias.copy_(copied)
                 tensor.grad = None
-                tensor.set_(alias)  # type: ignore[call-overload]
+                if not is_sharded(tensor):  # what is in parts keeps its shape
+                    tensor.set_(alias)  # type: ignore[call-overload]
         for tensor, gradient in zip(tensors, gradients, strict=True):
             tensor.grad = gradient
         for module, rank in ranked:

@@ -5,7 +5,7 @@ import time
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from geotucker._geometry import gauge, right_bases_of
 from geotucker._hosvd import follow
 from geotucker._integrators._base import allowances
 
+from ._collectives import phase
 from ._finite import Largest, check_finite, largest_of
 from ._guard import restored_if_it_fails
 from ._history import RankHistory
@@ -315,6 +316,8 @@ class TDLRT(Optimizer):
         self.wrapped.load_state_dict({k: v for k, v in state_dict.items() if k != "tdlrt"})
         self._steps, self._rules, self._history = steps, rules, history
         self._left = {slot.name: slot.settled_ranks for slot in self._slots}
+        if self.peers is not None:
+            self.peers.steps = steps
         for slot in self._slots:
             if slot.layer is not None:
                 slot.layer.loss_scale = scales.get(slot.name, 1.0)
@@ -373,7 +376,9 @@ class TDLRT(Optimizer):
             right: dict[str, Right] = {}
             if closure is not None:
                 loss, right = self._evaluate(torch.enable_grad()(closure), foreign)
-            largest = self._largest_gradients()
+            self._tell("step")
+            with nullcontext() if self.peers is None else phase("step", self.peers.group):
+                largest = self._largest_gradients()  # which asks for those of tensors in parts
             right |= self._settle(slots)
             before = [slot.core.detach().clone() for slot in slots]
             for slot, core in zip(slots, before, strict=True):
@@ -384,6 +389,7 @@ class TDLRT(Optimizer):
             cores = [(f"{slot.name}.core after the step", slot.core) for slot in slots]
             check_finite([*largest, *largest_of(cores)])  # the only question of most steps
             if self._moves_bases:
+                self._tell("truncation")
                 bases = -time.perf_counter()
                 moves = list(map(_Move, slots, previous, before))
                 ruled = [move for move in moves if self._rules.owner(move.slot.name) is not None]
@@ -396,8 +402,15 @@ class TDLRT(Optimizer):
             self._left = self.ranks
             self._history = self._history.after(self._steps, self._left)
             self._arm()
+        self._tell("the time between steps")
         self._note_seconds(began, bases)
         return loss
+
+    def _tell(self, where: str) -> None:
+        """Tell the other processes, if there are any, where this one is."""
+        if self.peers is not None:
+            self.peers.steps = self._steps
+            self.peers.tell(where)
 
     def _note_seconds(self, began: float, bases: float) -> None:
         now = time.perf_counter()

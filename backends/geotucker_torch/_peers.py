@@ -19,10 +19,10 @@ raises on all. Truncation is computed by each from the same numbers. Should the 
 single bit, as on machines of different kinds they may, all take those of the first process.
 """
 
-import sys
 import time
 import weakref
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -51,10 +51,12 @@ from ._distribute import active_wrapper, check_ignored
 from ._layers import TuckerModule
 from ._lift import finish
 from ._lifted import Use
+from ._parts import is_sharded
 from ._slots import Slot
 from ._state import right_of
+from ._whereabouts import Whereabouts
 
-__all__ = ["Peers", "group_of", "is_first", "is_joint", "is_sharded"]
+__all__ = ["Peers", "group_of", "group_that_trains", "is_first", "is_joint", "telling"]
 
 
 def group_of(process_group: Any = None) -> Group | None:
@@ -90,14 +92,31 @@ def is_joint(group: Group | None) -> bool:
 
 def is_first(model: nn.Module, optimizer: Any = None) -> bool:
     """Tell whether no other process comes before this one among those that train the model."""
+    return all(peers.is_first for peers in _peers_of(model, optimizer))
+
+
+def group_that_trains(model: nn.Module, optimizer: Any = None) -> Group | None:
+    """Return the group of the processes that train the model: all of them, if nothing is said."""
+    peers = next(_peers_of(model, optimizer), None)
+    return group_of() if peers is None else peers.group
+
+
+@contextmanager
+def telling(phase: str, model: nn.Module, optimizer: Any = None) -> Iterator[None]:
+    """Tell those that train the model that this process is in a phase, and then that it is back."""
+    peers = next(_peers_of(model, optimizer), None)
+    if peers is None:
+        yield
+        return
+    before = peers.phase
+    peers.tell(phase)
+    yield
+    peers.tell(before)
+
+
+def _peers_of(model: nn.Module, optimizer: Any) -> "Iterator[Peers]":
     held = [optimizer, *(m for m in model.modules() if isinstance(m, TuckerModule))]
-    return all(peers.is_first for peers in (getattr(h, "peers", None) for h in held) if peers)
-
-
-def is_sharded(tensor: Any) -> bool:
-    """Tell whether a tensor is in parts on several processes, and averaged by who did that."""
-    tensors = sys.modules.get("torch.distributed.tensor")  # loaded where there are any
-    return tensors is not None and isinstance(tensor, tensors.DTensor)
+    return (peers for peers in (getattr(h, "peers", None) for h in held) if peers)
 
 
 class Peers:
@@ -132,6 +151,9 @@ class Peers:
         self._wrappers: dict[DistributedDataParallel, bool] = {}
         self._met = True
         self._seconds = 0.0
+        self._whereabouts = Whereabouts(group)
+        self.steps = 0  # that have been taken, kept by the optimizer
+        self.tell("start")
         with phase("start", group), torch.no_grad():
             self._start(model)
         for slot in slots:
@@ -168,6 +190,15 @@ class Peers:
         for tensor, value in zip(rest, values, strict=True):
             tensor.copy_(value)
 
+    @property
+    def phase(self) -> str:
+        """What was told last."""
+        return self._whereabouts.phase
+
+    def tell(self, phase: str) -> None:
+        """Tell the others which phase this process enters, should it be lost there."""
+        self._whereabouts.tell(phase, self.steps)
+
     # A training step, in its order.
 
     def enter(self) -> None:
@@ -180,6 +211,9 @@ class Peers:
         """
         if self._met:
             self._wrappers, self._met = {}, False
+        # In backward it is an activation checkpoint that runs again.
+        if self.phase != "forward" and torch._C._current_graph_task_id() == -1:
+            self.tell("forward")
         wrapper = active_wrapper()
         if wrapper is not None:
             if wrapper not in self._wrappers:
@@ -191,6 +225,7 @@ class Peers:
         backward = torch._C._current_graph_task_id()
         if backward not in self._expected:
             self._expected.add(backward)
+            self.tell("backward")
             Variable._execution_engine.queue_callback(lambda: self._meet(backward))
 
     def _meet(self, backward: int) -> None:
@@ -234,6 +269,7 @@ class Peers:
                 layer.core.grad = mean[0]
                 if layer.lifted_norm is not None:
                     layer.lifted_norm = mean[0].abs().amax()
+        self.tell("the time between backward and step")
         self._seconds += time.perf_counter() - start
 
     def _others(self, moving: Mapping[TuckerModule, Any]) -> list[nn.Parameter]:
@@ -256,8 +292,14 @@ class Peers:
     def _average(self, parts: Sequence[Part]) -> list[list[Tensor] | None]:
         if not parts:
             return []
+        self.tell("synchronisation")
         with phase("synchronisation", self._group):
             return average(parts, self._group)
+
+    @property
+    def group(self) -> Group:
+        """All of them."""
+        return self._group
 
     @property
     def is_first(self) -> bool:

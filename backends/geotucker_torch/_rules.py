@@ -69,13 +69,26 @@ class Rules:
         return {"starts": {pattern: _plain(rule.start) for pattern, rule in budgets.items()}}
 
     def with_state(self, state: Mapping[str, Any]) -> "Rules":
-        """Return these rules with a state of theirs."""
-        rules = dict(self.rules)
-        for pattern, start in state["starts"].items():
-            rule = rules.get(pattern)
-            if isinstance(rule, gt.Budget):
-                rules[pattern] = dataclasses.replace(rule, start=start)
-        return Rules(rules)
+        """Return these rules with a state of theirs.
+
+        Raises
+        ------
+        ValueError
+            If it is the state of other budgets.
+        """
+        starts, own = state["starts"], self.state()["starts"]
+        if set(starts) != set(own):
+            raise ValueError(
+                f"state_dict: expected budgets for the patterns {sorted(own)}, as the rule "
+                f"{self} has, got {sorted(starts)}; load with the rule that was saved, and build "
+                "TDLRT anew to go on by another"
+            )
+        begun = {
+            pattern: dataclasses.replace(rule, start=starts[pattern])
+            for pattern, rule in self.rules.items()
+            if isinstance(rule, gt.Budget)
+        }
+        return Rules(self.rules | begun)
 
     def owner(self, name: str) -> str | None:
         """Return the pattern whose rule is for the tensor of this name, None if there is none."""

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._parts import is_sharded
+
 __all__ = ["pack", "unpack"]
 
 
@@ -24,7 +26,7 @@ def pack(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     name : str
         Where the tree lies, for the tensors' names.
     tensors : dict of str to Tensor
-        Receives contiguous copies on the CPU.
+        Receives contiguous copies on the CPU, but what is in parts on several processes as it is.
 
     Raises
     ------
@@ -40,7 +42,8 @@ def pack(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """
     if isinstance(tree, Tensor):
         _check_tensor(name, tree, tensors)
-        tensors[name] = tree.detach().cpu().contiguous().clone()
+        whole = not is_sharded(tree)
+        tensors[name] = tree.detach().cpu().contiguous().clone() if whole else tree.detach()
         return {"tensor": name}
     if isinstance(tree, dict):
         if not all(type(key) in (str, int) for key in tree):

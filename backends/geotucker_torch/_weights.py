@@ -16,6 +16,7 @@ from ._contract import dense_weight
 from ._guard import untouched_if_loading_fails
 from ._layers import decompose, rescaled, tucker_state
 from ._modules import check_model
+from ._parts import is_sharded, parts_of
 from ._rules import Rules, flops_of
 from ._slots import Slot, find_slots
 
@@ -42,7 +43,8 @@ def load_weights(
     Parameters
     ----------
     model : nn.Module
-        On any device. Its Parameter objects stay, unless `assign` is given.
+        On any device. Its Parameter objects stay, unless `assign` is given. What is in parts on
+        several processes takes its part of a whole tensor.
     state_dict : mapping of str to Tensor
         For instance from ``safetensors.torch.load_file(path)`` or ``torch.load(path,
         weights_only=True)``, neither of which runs code from the file. It is not changed.
@@ -92,6 +94,7 @@ def load_weights(
     tied = [slot.layers for slot in find_slots(model) if len(slot.layers) > 1]
     with untouched_if_loading_fails(model):
         _make_room(model, state)
+        _split(state, model)
         result = model.load_state_dict(state, strict=strict, assign=assign)
         for first, *others in tied:  # PyTorch assigns to each layer a parameter of its own
             for layer in others:
@@ -265,6 +268,14 @@ def _make_room(model: nn.Module, state: Mapping[str, Any]) -> None:
                     for parameter, part in zip(parameters, parts, strict=True)
                 )
                 slot.write(gt.TuckerPoint(core, tuple(factors)))
+
+
+def _split(state: "OrderedDict[str, Any]", model: nn.Module) -> None:
+    """Take this process's part of whole tensors where the model is in parts, in place."""
+    for key, own in model.state_dict().items():
+        given = state.get(key)
+        if is_sharded(own) and torch.is_tensor(given) and not is_sharded(given):
+            state[key] = parts_of(given, own)
 
 
 def _decomposed(name: str, weight: Tensor) -> gt.TuckerPoint:

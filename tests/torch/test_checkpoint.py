@@ -366,7 +366,7 @@ def test_a_plain_safetensors_file_is_no_checkpoint(tmp_path: Path) -> None:
 
 def test_newer_formats_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("geotucker_torch._checkpoint.FORMAT", 2)
+        patch.setattr("geotucker_torch._sections.FORMAT", 2)
         save_checkpoint(tmp_path / "new", nn.Linear(2, 1))
     with pytest.raises(
         CheckpointError, match="of format 1 or older, got 2, written by geotucker 0"
@@ -402,8 +402,8 @@ def test_pickles_are_not_run(write: Any, tmp_path: Path) -> None:
 def test_missing_files_are_the_system_s_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         load_checkpoint(tmp_path / "none")
-    with pytest.raises(IsADirectoryError):
-        load_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match=r"not a whole checkpoint \(.*checkpoint.json"):
+        load_checkpoint(tmp_path)  # a folder, but not one of a model in parts
     with pytest.raises(FileNotFoundError):
         save_checkpoint(tmp_path / "none" / "file", nn.Linear(2, 1))
 

@@ -1,20 +1,35 @@
 """Many processes train as one does on the joined batch, and fail together."""
 
+import hashlib
+import json
 import os
+import pickle
+import re
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from geotucker_torch import TDLRT, distribute, factorize, load_checkpoint
+from geotucker_torch import (
+    TDLRT,
+    CheckpointError,
+    _whereabouts,
+    distribute,
+    factorize,
+    load_checkpoint,
+)
 from geotucker_torch._collectives import fingerprint
+from geotucker_torch._sections import _digest
 
 from . import workers
 
@@ -23,9 +38,11 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 # Sums are taken in another order, and Adam divides small numbers by small ones.
 TOLERANCE = 1e-9
 
-FOUR = ("momentum", "saved")  # first: what is saved is resumed on two
-TWO = (*workers.TRAININGS, *(name for name in workers.SCENARIOS if name not in workers.TRAININGS))
-JOBS = [f"4:{name}" for name in FOUR] + [f"2:{name}" for name in TWO if name != "saved"]
+# What is saved is resumed by other numbers of processes, and so comes first.
+FIRST = ["4:momentum", "4:saved", "1:saved_parts", "2:saved_parts"]
+OTHERS = ["4:resumed parts of 2", "1:resumed parts of 2", "4:killed in backward"]
+ELSEWHERE = {"saved", "saved_parts", "resumed parts of 2"}
+JOBS = FIRST + OTHERS + [f"2:{name}" for name in workers.SCENARIOS if name not in ELSEWHERE]
 
 Results = Callable[..., list[Any]]
 
@@ -83,10 +100,94 @@ def test_four_processes_save_what_two_and_one_resume(folder: Path, results: Resu
     assert_alike([workers.resumed(folder, 0, 1)], expected)
 
 
-def test_a_model_in_parts_is_not_saved_as_a_whole(folder: Path, results: Results) -> None:
-    for message in results("save_parts"):
-        assert "expected whole tensors, got '0.bias' in parts on several processes" in message
-    assert not (folder / "parts").exists()
+def assert_resumed(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
+    ranks = [list(history.values()) for history in expected["history"].values()]
+    assert any(r[0] != r[3] for r in ranks) and any(r[3] != r[-1] for r in ranks)
+    assert_alike(found, expected)
+
+
+@pytest.mark.parametrize(("saved", "resumed"), [(1, 2), (2, 1), (2, 4)])
+def test_models_in_parts_are_resumed_by_other_numbers_of_processes(
+    saved: int, resumed: int, results: Results
+) -> None:
+    assert all(isinstance(result, dict) for result in results("saved_parts", saved))
+    expected = workers.train(0, 1, **workers.PARTS)
+    assert_resumed(results(f"resumed parts of {saved}", resumed), expected)
+
+
+def test_what_was_in_parts_is_resumed_whole_and_the_reverse(folder: Path, results: Results) -> None:
+    expected = workers.train(0, 1, **workers.PARTS)
+    assert_resumed([workers.resumed_parts("parts of 2")(folder, 0, 1)], expected)
+    assert load_checkpoint(folder / "parts of 2") == {"step": 3, "rank": 0}
+    assert_alike(results("resumed checkpoint"), workers.train(0, 1, kind="adam"))
+
+
+def test_a_folder_holds_one_checkpoint(folder: Path) -> None:
+    names = sorted(entry.name for entry in (folder / "parts of 2").iterdir())
+    assert len(names) == 2 and names[0] == "checkpoint.json"
+
+
+REFUSED = {
+    "absent": r"FileNotFoundError .*nowhere",
+    "absent on one": r"nowhere",
+    "no index": r"no index: not a whole checkpoint .*checkpoint\.json",
+    "no metadata": r"no metadata: not a whole checkpoint .*\.metadata",
+    "no part": r"no part: not a whole checkpoint .*distcp",
+    "cut": r"cut: not a whole checkpoint",
+    "flipped": r"flipped: not a whole checkpoint .*distcp does not have the checksum",
+    "newer": r"newer: expected a checkpoint of format 1 or older, got 2",
+    "other model": r"(?s)does not fit the model .*Unexpected key",
+    "other rule": r"does not fit the optimizer .*expected budgets for the patterns \[\]",
+    "save unknown": r"TypeError .*got object",
+    "save nowhere": r"No such file or directory",
+    "save file": r"expected a folder for a model in parts, got a file",
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_all_processes_refuse_what_one_cannot_load_or_save(case: str, results: Results) -> None:
+    for messages in results("refused_parts"):
+        assert isinstance(messages, dict), messages
+        assert re.search(REFUSED[case], messages[case])
+
+
+def test_metadata_in_a_folder_run_no_code(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "parts of 2", tmp_path / "copy")
+    (metadata,) = tmp_path.glob("copy/*/.metadata")
+    index = json.loads((tmp_path / "copy" / "checkpoint.json").read_text())
+    mark = tmp_path / "exploded"
+    data = pickle.dumps(Bomb(mark))
+    metadata.write_bytes(data)
+    index["tensors"]["files"][".metadata"] = hashlib.sha256(data).hexdigest()
+    del index["sha256"]
+    index = {"sha256": _digest(index, {}), **index}
+    (tmp_path / "copy" / "checkpoint.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"not a whole checkpoint .*got posix\.mkdir"):
+        load_checkpoint(tmp_path / "copy")
+    assert not mark.exists()
+    pickle.loads(data)  # it would have
+    assert mark.exists()
+
+
+class Bomb:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize(("killed", "survivor"), [("parts", 0), ("index", 1)])
+def test_a_process_killed_while_parts_are_saved_leaves_the_last_checkpoint(
+    killed: str, survivor: int, folder: Path
+) -> None:
+    assert not (folder / f"killed with {killed}.2.{1 - survivor}").exists()
+    message = torch.load(folder / f"killed with {killed}.2.{survivor}")
+    assert message.startswith(f"ProcessError checkpoint: process {survivor} of 2 has lost")
+    assert f"Last heard of: process {1 - survivor} in checkpoint after step 1." in message
+    assert load_checkpoint(folder / f"parts before {killed}", workers.network()) == {"step": 1}
 
 
 @pytest.mark.parametrize("name", ["unused_layers", "unused_layers alone"])
@@ -104,6 +205,12 @@ def test_nan_on_one_process_stops_the_step_on_all(results: Results) -> None:
         assert "expected finite numbers" in result["message"]
         assert result["same"]
         assert result["ranks"] == results("broken_input")[0]["ranks"]
+
+
+def test_nan_in_a_part_of_one_process_stops_the_step_on_all(results: Results) -> None:
+    for messages in results("broken_part"):
+        assert len(messages) == 2
+        assert all("expected finite numbers" in message for message in messages)
 
 
 def test_processes_that_truncate_differently_take_what_the_first_has(results: Results) -> None:
@@ -138,23 +245,39 @@ def test_an_optimizer_that_was_there_before_the_processes_is_refused(results: Re
 
 
 @pytest.mark.parametrize(
-    ("killed", "survivor", "told"),
+    ("killed", "survivor", "waited", "step"),
     [
-        ("start", 0, "start"),
-        ("forward", 0, "synchronisation"),
-        ("backward", 0, "synchronisation"),
-        ("truncation", 0, "truncation"),
-        ("checkpoint", 1, "synchronisation"),
+        ("start", 0, "start", 0),
+        ("forward", 0, "synchronisation", 2),
+        ("backward", 0, "synchronisation", 2),
+        ("synchronisation", 0, "synchronisation", 2),
+        ("step", 0, "truncation", 2),
+        ("truncation", 0, "truncation", 2),
+        ("checkpoint", 1, "synchronisation", 3),
     ],
 )
-def test_a_killed_process_ends_the_others(
-    killed: str, survivor: int, told: str, folder: Path
+def test_a_killed_process_ends_the_others_with_an_error_that_says_where_it_was(
+    killed: str, survivor: int, waited: str, step: int, folder: Path
 ) -> None:
     assert not (folder / f"killed in {killed}.2.{1 - survivor}").exists()
     message = torch.load(folder / f"killed in {killed}.2.{survivor}")
-    assert message.startswith(f"ProcessError {told}: process {survivor} of 2 has lost the others")
+    assert message.startswith(f"ProcessError {waited}: process {survivor} of 2 has lost the others")
+    assert f"Last heard of: process {1 - survivor} in {killed} after step {step}. Here" in message
     if killed != "start":  # what was saved last is whole
         assert load_checkpoint(folder / f"before {killed}", workers.network()) == {"step": 1}
+
+
+def test_of_several_survivors_each_says_where_the_killed_one_was(folder: Path) -> None:
+    for survivor in range(3):
+        message = torch.load(folder / f"killed in backward.4.{survivor}")
+        assert message.startswith(f"ProcessError synchronisation: process {survivor} of 4 has lost")
+        assert re.search(r"Last heard of: [^.]*\b3 in backward after step 2", message)
+
+
+def test_where_processes_were_may_be_lost_with_the_store(folder: Path) -> None:
+    message = torch.load(folder / "killed_with_the_store.2.1")
+    assert message.startswith("ProcessError synchronisation: process 1 of 2 has lost the others")
+    assert "Where the others were is not known." in message
 
 
 def test_means(results: Results) -> None:
@@ -212,3 +335,50 @@ def test_a_group_without_torch_distributed_is_refused() -> None:
     model = workers.network()
     with pytest.raises(ValueError, match=r"process_group: expected None without"):
         TDLRT(workers.OPTIMIZERS["sgd"](model), model, process_group="gloo")
+
+
+class Store(dist.HashStore):
+    """Takes a while to answer."""
+
+    def check(self, keys: list[str]) -> bool:
+        time.sleep(self.seconds)
+        return super().check(keys)
+
+
+def heard(monkeypatch: pytest.MonkeyPatch, told: dict[int, str], seconds: float = 0.0) -> str:
+    """Return what process 0 of 20 has heard of those that have told something."""
+    store: Any = Store()
+    store.seconds = seconds
+    monkeypatch.setattr(_whereabouts, "_store_of", lambda group: store)
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 20)
+    for process, phase in told.items():
+        monkeypatch.setattr(dist, "get_rank", lambda group, process=process: process)
+        _whereabouts.Whereabouts(None).tell(phase, 7)
+    monkeypatch.setattr(dist, "get_rank", lambda group: 0)
+    return _whereabouts.last_heard(None)
+
+
+def test_phases_that_few_are_in_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {0: "step", 1: "backward", **dict.fromkeys(range(2, 11), "synchronisation")}
+    told |= {11: "forward", 12: "forward"}
+    assert heard(monkeypatch, told) == (
+        "Last heard of: process 1 in backward after step 7; processes 11, 12 in forward after "
+        "step 7; 9 processes in synchronisation after step 7."
+    )
+    assert heard(monkeypatch, {}) == "Where the others were is not known."
+
+
+def test_a_store_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_whereabouts, "_PATIENCE", 0.2)
+    start = time.perf_counter()
+    assert heard(monkeypatch, {1: "step"}, 1.0) == "Where the others were is not known."
+    assert time.perf_counter() - start < 0.9
+
+
+def test_nothing_is_told_where_a_message_would_be_kept(tmp_path: Path) -> None:
+    class Group:
+        def get_group_store(self) -> Any:
+            return dist.PrefixStore("group", dist.FileStore(str(tmp_path / "file"), 1))
+
+    assert _whereabouts._store_of(Group()) is None
+    assert _whereabouts._store_of(object()) is None  # of older versions

@@ -6,9 +6,12 @@ It forks processes, so that torch is imported once. What a scenario returns, or 
 raises, is left for each process in a file of the folder.
 """
 
+import json
 import os
+import shutil
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -20,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -287,22 +291,11 @@ def other_groups(folder: Path, rank: int, world: int) -> dict[str, Any]:
     return {"messages": messages, **apart}
 
 
-def save_parts(folder: Path, rank: int, world: int) -> str:
-    """Save a model whose dense parts are on several processes."""
-    model = network()
-    shard_dense_parts(model)
-    try:
-        save_checkpoint(folder / "parts", model)
-    except TypeError as error:
-        return str(error)
-    return "nothing was raised"
-
-
 def late(folder: Path, rank: int, world: int) -> str:
     """Build the optimizer before the processes know of one another."""
     model = network()
     optimizer = TDLRT(OPTIMIZERS["sgd"](model), model)
-    join(folder, rank, world)
+    join(rank, world)
     model(batch(0)[0]).sum().backward()
     try:
         optimizer.step()
@@ -340,7 +333,167 @@ def resumed(folder: Path, rank: int, world: int) -> dict[str, Any]:
     return train(rank, world, kind="adam", start=3, steps=3, load=load)
 
 
+# Models in parts: a budget whose schedule is under way, so that ranks change before and after.
+
+PARTS: dict[str, Any] = {"wrap": "sharded", "kind": "adam", "rule": TRAININGS["budget"]["rule"]}
+
+
+def saved_parts(folder: Path, rank: int, world: int) -> dict[str, Any]:
+    """Train half of the way; all processes save into a folder, twice."""
+
+    def save(model: nn.Module, optimizer: TDLRT) -> None:
+        for step in (2, 3):
+            save_checkpoint(folder / f"parts of {world}", model, optimizer, step=step, rank=rank)
+
+    return train(rank, world, **PARTS, steps=3, save=save)
+
+
+def resumed_parts(name: str) -> Callable[[Path, int, int], dict[str, Any]]:
+    """Go on from a file or folder, on any number of processes."""
+
+    def scenario(folder: Path, rank: int, world: int) -> dict[str, Any]:
+        def load(model: nn.Module, optimizer: TDLRT) -> None:
+            assert load_checkpoint(folder / name, model, optimizer)["step"] == 3
+
+        rule = PARTS["rule"] if name != "checkpoint" else None
+        return train(rank, world, **{**PARTS, "rule": rule}, start=3, steps=3, load=load)
+
+    return scenario
+
+
+def broken_part(folder: Path, rank: int, world: int) -> list[str]:
+    """NaN is in the gradient of one process's part of a tensor, of one and of the other."""
+    messages = []
+    for broken in range(world):
+        model = network()
+        shard_dense_parts(model)
+        optimizer = TDLRT(OPTIMIZERS["sgd"](model), model)
+        model(batch(0)[0]).sum().backward()
+        if rank == broken:
+            model[7].weight.grad.to_local()[0] = torch.nan
+        try:
+            optimizer.step()
+        except gt.NonFiniteError as error:
+            messages.append(str(error))
+    return messages
+
+
+def trained_parts(rule: Any, **options: Any) -> tuple[nn.Module, TDLRT]:
+    """Return a model in parts that has taken a step."""
+    made: list[tuple[nn.Module, TDLRT]] = []
+    train(
+        dist.get_rank(),
+        dist.get_world_size(),
+        **{**PARTS, "rule": rule, **options},
+        steps=1,
+        save=lambda *parts: made.append(parts),
+    )
+    return made[0]
+
+
+def refused_parts(folder: Path, rank: int, world: int) -> dict[str, Any]:
+    """Load what is not there, not whole, or not of this model; save where that cannot be."""
+    good, messages = folder / "refused", {}
+    save_checkpoint(good, *trained_parts(PARTS["rule"]))
+    model, optimizer = trained_parts(PARTS["rule"])
+    other = nn.Sequential(*network()[:6])
+    shard_dense_parts(other)
+    unruled = trained_parts(gt.Tolerance(0.2, floor=2, spare=1))
+
+    def damaged(name: str, damage: Callable[[Path], Any]) -> Path:
+        copy = folder / name
+        if rank == 0:
+            shutil.copytree(good, copy)
+            damage(copy)
+        dist.barrier()
+        return copy
+
+    def last_file(copy: Path) -> Path:
+        return max(copy.glob("tensors-*/*.distcp"))
+
+    def flip(copy: Path) -> None:
+        data = bytearray(last_file(copy).read_bytes())
+        data[len(data) // 2] ^= 0xFF
+        last_file(copy).write_bytes(data)
+
+    def renumber(copy: Path) -> None:
+        index = json.loads((copy / "checkpoint.json").read_text())
+        (copy / "checkpoint.json").write_text(json.dumps({**index, "format": 2}))
+
+    cases: dict[str, tuple[Path, tuple[nn.Module, Any]]] = {
+        "absent": (folder / "nowhere", (model, optimizer)),
+        "absent on one": (good if rank == 0 else folder / "nowhere", (model, optimizer)),
+        "no index": (
+            damaged("no index", lambda copy: (copy / "checkpoint.json").unlink()),
+            (model, optimizer),
+        ),
+        "no metadata": (
+            damaged("no metadata", lambda copy: next(copy.glob("*/.metadata")).unlink()),
+            (model, optimizer),
+        ),
+        "no part": (damaged("no part", lambda copy: last_file(copy).unlink()), (model, optimizer)),
+        "cut": (
+            damaged("cut", lambda copy: os.truncate(last_file(copy), 100)),
+            (model, optimizer),
+        ),
+        "flipped": (damaged("flipped", flip), (model, optimizer)),
+        "newer": (damaged("newer", renumber), (model, optimizer)),
+        "other model": (good, (other, None)),
+        "other rule": (good, unruled),
+    }
+    for name, (path, parts) in cases.items():
+        tensors = parts[0].state_dict()
+        before = [whole(t).clone() for t in tensors.values()], repr(parts[1] and parts[1].ranks)
+        places = [t.data_ptr() for t in tensors.values() if not isinstance(t, DTensor)]
+        try:
+            load_checkpoint(path, *parts)
+        except (gt.GeotuckerError, OSError) as error:
+            messages[name] = f"{type(error).__name__} {error}"
+        tensors = parts[0].state_dict()
+        assert all(map(torch.equal, before[0], map(whole, tensors.values())))
+        assert repr(parts[1] and parts[1].ranks) == before[1]
+        assert [t.data_ptr() for t in tensors.values() if not isinstance(t, DTensor)] == places
+    for name, path, extra in (
+        ("unknown", good, object() if rank == 1 else 1),
+        ("nowhere", folder / "nowhere" / "folder", 1),
+        ("file", folder / f"refused_parts.{world}", 1),
+    ):
+        if rank == 0 and name == "file":
+            path.touch()
+        try:
+            save_checkpoint(path, model, optimizer, extra=extra)
+        except (TypeError, OSError) as error:
+            messages[f"save {name}"] = f"{type(error).__name__} {error}"
+    load_checkpoint(good, model, optimizer)  # and all is well
+    return messages
+
+
 # A process is killed.
+
+
+def killed_with_parts(phase: str) -> Callable[[Path, int, int], str]:
+    """Save twice; in the second time a process is killed."""
+
+    def scenario(folder: Path, rank: int, world: int) -> str:
+        model, optimizer = trained_parts(PARTS["rule"])
+        path = folder / f"parts before {phase}"
+        save_checkpoint(path, model, optimizer, step=1)
+        if rank == 1 and phase == "parts":
+            FileSystemWriter.write_data = die
+        if rank == 0 and phase == "index":
+            os.replace = die
+        try:
+            save_checkpoint(path, model, optimizer, step=2)
+        except gt.GeotuckerError as error:
+            return f"{type(error).__name__} {error}"
+        return "nothing was raised"
+
+    return scenario
+
+
+def die(*_: Any, **__: Any) -> Any:
+    time.sleep(0.2)  # what was told has arrived, however busy the machine
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def killed_in(phase: str) -> Callable[[Path, int, int], str]:
@@ -350,26 +503,26 @@ def killed_in(phase: str) -> Callable[[Path, int, int], str]:
         model = network()
         outer = DistributedDataParallel(model) if phase == "backward" else model
         victim = rank == (0 if phase == "checkpoint" else world - 1)
-
-        def die(*_: Any) -> Any:
-            os.kill(os.getpid(), signal.SIGKILL)
-
         try:
             if victim and phase == "start":
-                die()
+                dist.all_gather_object = die
             optimizer = TDLRT(OPTIMIZERS["sgd"](model), model, gt.Tolerance(0.1))
             for step in range(4):
                 optimizer.zero_grad()
                 dying = victim and step == 2
                 if dying and phase == "forward":
-                    die()
+                    model[2].register_forward_hook(die)
+                if dying and phase == "backward":  # between two layers
+                    model[3].register_full_backward_pre_hook(die)
                 x, y = (shard(t, rank, world) for t in batch(step))
-                output = outer(x)
-                if dying and phase == "backward":
-                    output.register_hook(die)
+                loss = nn.functional.cross_entropy(outer(x), y)
+                if dying and phase == "synchronisation":
+                    dist.all_reduce = die
+                loss.backward()
+                if dying and phase == "step":
+                    optimizer.wrapped.step = die
                 if dying and phase == "truncation":
                     gt.truncate = die
-                nn.functional.cross_entropy(output, y).backward()
                 optimizer.step()
                 if dying and phase == "checkpoint":
                     os.replace = die
@@ -382,13 +535,42 @@ def killed_in(phase: str) -> Callable[[Path, int, int], str]:
     return scenario
 
 
-def join(folder: Path, rank: int, world: int) -> None:
+def killed_with_the_store(folder: Path, rank: int, world: int) -> str:
+    """Lose the process that keeps what processes have told."""
+    if rank == 0:
+        store = publish_store(folder / "port")
+    else:
+        store = dist.TCPStore("127.0.0.1", read_port(folder / "port"))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+    model = network()
+    optimizer = TDLRT(OPTIMIZERS["sgd"](model), model)
+    try:
+        for step in range(2):
+            if rank == 0 and step == 1:
+                model[2].register_forward_hook(die)
+            optimizer.zero_grad()
+            model(batch(0)[0]).sum().backward()
+            optimizer.step()
+    except gt.GeotuckerError as error:
+        return f"{type(error).__name__} {error}"
+    return "nothing was raised"
+
+
+PHASES = ("start", "forward", "backward", "synchronisation", "step", "truncation", "checkpoint")
+
+TIMEOUT = timedelta(seconds=20)
+STORE: dict[str, Any] = {}  # where processes meet: the port, and a name for each job
+
+
+def join(rank: int, world: int) -> None:
+    """Meet the others, as under torchrun, at a store that another process keeps."""
+    store = dist.TCPStore("127.0.0.1", STORE["port"], timeout=TIMEOUT)
     dist.init_process_group(
         "gloo",
-        init_method=f"file://{folder}/meeting",
+        store=dist.PrefixStore(STORE["job"], store),
         rank=rank,
         world_size=world,
-        timeout=timedelta(seconds=20),
+        timeout=TIMEOUT,
     )
 
 
@@ -396,24 +578,28 @@ SCENARIOS: dict[str, Callable[[Path, int, int], Any]] = {
     name: lambda folder, rank, world, options=options: train(rank, world, **options)
     for name, options in TRAININGS.items()
 }
-SCENARIOS |= {
-    f"killed in {phase}": killed_in(phase)
-    for phase in ("start", "forward", "backward", "truncation", "checkpoint")
-}
+SCENARIOS |= {f"killed in {phase}": killed_in(phase) for phase in PHASES}
 SCENARIOS |= {
     f.__name__: f
     for f in (
         broken_input,
+        broken_part,
+        killed_with_the_store,
         late,
         means,
         not_told,
         other_groups,
         other_models,
         other_truncation,
+        refused_parts,
         resumed,
-        save_parts,
         saved,
+        saved_parts,
     )
+}
+SCENARIOS |= {f"killed with {phase}": killed_with_parts(phase) for phase in ("parts", "index")}
+SCENARIOS |= {
+    f"resumed {name}": resumed_parts(name) for name in ("parts of 1", "parts of 2", "checkpoint")
 }
 SCENARIOS["unused_layers"] = lambda folder, rank, world: unused_layers(rank, world)
 SCENARIOS["unused_layers alone"] = lambda folder, rank, world: unused_layers(rank, world, False)
@@ -422,8 +608,8 @@ SCENARIOS["unused_layers alone"] = lambda folder, rank, world: unused_layers(ran
 def work(folder: Path, rank: int, world: int, name: str) -> None:
     """Run a scenario in a process of its own, and leave its result in a file."""
     try:
-        if name != "late":
-            join(folder, rank, world)
+        if name not in ("late", "killed_with_the_store"):
+            join(rank, world)
         result = SCENARIOS[name](folder, rank, world)
     except BaseException:
         result = traceback.format_exc()
@@ -431,11 +617,41 @@ def work(folder: Path, rank: int, world: int, name: str) -> None:
     os._exit(0)
 
 
+def keep_store(folder: Path) -> int:
+    """Keep the store at which others meet, in a process of its own; return its id.
+
+    A store has threads, and who has threads cannot fork others that are sure to run.
+    """
+    parent = os.getpid()
+    child = os.fork()
+    if child == 0:
+        store = publish_store(folder / "port of all")
+        while store and os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(0)
+    STORE["port"] = read_port(folder / "port of all")
+    return child
+
+
+def publish_store(path: Path) -> dist.TCPStore:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    path.with_suffix(".part").write_text(str(store.port))
+    path.with_suffix(".part").rename(path)
+    return store
+
+
+def read_port(path: Path) -> int:
+    while not path.exists():
+        time.sleep(0.01)
+    return int(path.read_text())
+
+
 def main(folder: Path, jobs: list[str]) -> None:
     torch.set_num_threads(1)
+    keeper = keep_store(folder)
     for job in jobs:
+        STORE["job"] = job
         number, name = job.split(":")
-        (folder / "meeting").unlink(missing_ok=True)
         children = []
         for rank in range(int(number)):
             child = os.fork()
@@ -444,6 +660,7 @@ def main(folder: Path, jobs: list[str]) -> None:
             children.append(child)
         for child in children:
             os.waitpid(child, 0)
+    os.kill(keeper, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,44 @@
+"""Tensors in parts on several processes, as ``fully_shard`` leaves them."""
+
+import math
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["empty_parts", "is_sharded", "largest_entry", "parts_of"]
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Tell whether a tensor is in parts on several processes, and averaged by who did that."""
+    tensors = sys.modules.get("torch.distributed.tensor")  # loaded where there are any
+    return tensors is not None and isinstance(tensor, tensors.DTensor)
+
+
+@torch.no_grad()
+def parts_of(whole: Tensor, like: Any) -> Tensor:
+    """Return a tensor that every process has, in parts as `like` is. Nothing is sent."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = like.device_mesh
+    copies = DTensor.from_local(whole.to(like.device), mesh, [Replicate()] * mesh.ndim)
+    return copies.redistribute(mesh, like.placements)
+
+
+def empty_parts(whole: Tensor, like: Any) -> Tensor:
+    """Return a tensor without values, of the shape and dtype of one, in parts as another is."""
+    from torch.distributed.tensor import empty
+
+    mesh, placements = like.device_mesh, like.placements
+    return empty(*whole.shape, dtype=whole.dtype, device_mesh=mesh, placements=placements)
+
+
+def largest_entry(tensor: Any) -> Tensor:
+    """Return the largest magnitude in all parts of a tensor, infinity if one is NaN."""
+    from torch.distributed.tensor import DTensor, Partial
+
+    mesh, part = tensor.device_mesh, tensor.to_local()  # which is empty where rows are few
+    own = torch.linalg.vector_norm(part, math.inf) if part.numel() else part.new_zeros(())
+    own = own.nan_to_num(math.inf, math.inf)  # the maximum of numbers and NaN may be a number
+    return DTensor.from_local(own, mesh, [Partial("max")] * mesh.ndim).full_tensor()
