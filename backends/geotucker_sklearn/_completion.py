@@ -1,10 +1,13 @@
 """Completion: entries of a tensor by their coordinates."""
 
+import math
 import operator
+from numbers import Real
 from typing import Any
 
 import numpy as np
 from sklearn.base import BaseEstimator, RegressorMixin
+from sklearn.utils import check_scalar
 from sklearn.utils.validation import check_is_fitted, check_non_negative
 
 import geotucker as gt
@@ -32,8 +35,9 @@ class TuckerCompletion(RegressorMixin, BaseEstimator):
     growth : int, optional
         Steps between two increments of the ranks; None starts with the full ranks.
     ridge : float
-        Weight of ``||W||^2 / 2``, a sum over all entries, beside half of the sum of squared
-        errors over the known ones: where few are known, little of it does much.
+        Weight of the mean square of all entries beside the mean squared error of the known ones,
+        at least 0. A little of it keeps the tensor from running away where nothing is known; where
+        its rank is exact, 0 finds it exactly.
     fit_intercept : bool
         Take the mean of y off first. Coordinates of which the training had no entry are then
         predicted as the mean, and as zero otherwise.
@@ -66,9 +70,9 @@ class TuckerCompletion(RegressorMixin, BaseEstimator):
     >>> from geotucker_sklearn import TuckerCompletion
     >>> tensor = gt.to_dense(gt.testing.random_point((20, 20, 20), (2, 2, 2)))
     >>> X = np.argwhere(np.random.default_rng(0).random(tensor.shape) < 0.4)
-    >>> model = TuckerCompletion(ranks=2, random_state=0).fit(X, tensor[tuple(X.T)])
+    >>> model = TuckerCompletion(ranks=2).fit(X, tensor[tuple(X.T)])
     >>> everywhere = np.argwhere(np.ones_like(tensor))
-    >>> model.score(everywhere, tensor.ravel()) > 0.9999
+    >>> model.score(everywhere, tensor.ravel()) > 0.999
     True
     """
 
@@ -78,7 +82,7 @@ class TuckerCompletion(RegressorMixin, BaseEstimator):
         *,
         shape: Any = None,
         growth: int | None = 10,
-        ridge: float = 0.0,
+        ridge: float = 0.01,
         fit_intercept: bool = False,
         max_iter: int = 200,
         tol: float = 1e-5,
@@ -120,16 +124,19 @@ class TuckerCompletion(RegressorMixin, BaseEstimator):
         ------
         ValueError
             If X does not hold coordinates or y finite numbers, or a parameter cannot be used; as
-            `geotucker.ShapeError` if X does not fit `shape`, as `geotucker.RankError` if
-            `ranks` or `growth` cannot be used.
+            `geotucker.ShapeError` if X does not fit `shape`, as `geotucker.RankError` if `ranks`
+            cannot be used.
         """
+        check_scalar(self.ridge, "ridge", Real, min_val=0.0)
         X, y = validate_data(self, X, y, y_numeric=True)
         coordinates = self._whole(X)
         y = y.astype(np.result_type(y, np.float32), copy=False)
         shape = _shape(self.shape, coordinates)
         _check_within(coordinates, shape)
         intercept = y.mean() if self.fit_intercept else y.dtype.type(0.0)
-        fit = gt.completion(coordinates.T, y - intercept, shape, ridge=self.ridge)
+        # The core's ridge and errors are sums: over all entries, and over the known ones.
+        ridge = self.ridge * len(y) / math.prod(shape)
+        fit = gt.completion(coordinates.T, y - intercept, shape, ridge=ridge)
         self.point_, self.n_iter_ = minimise(
             fit,
             self.ranks,

@@ -44,6 +44,8 @@ def minimise(
     """
     check_scalar(max_iter, "max_iter", Integral, min_val=1)
     check_scalar(tol, "tol", Real, min_val=0.0)
+    if growth is not None:
+        check_scalar(growth, "growth", Integral, min_val=1)
     rule = gt.Fixed(ranks) if growth is None else gt.Growing(ranks, every=growth)
     full = gt.Fixed(ranks).for_shape(fit.shape)
     seed = int(check_random_state(random_state).randint(2**31 - 1))
