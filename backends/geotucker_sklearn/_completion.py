@@ -23,7 +23,7 @@ class TuckerCompletion(RegressorMixin, BaseEstimator):
 
     A sample is an entry: its coordinates are the row of X, its value is in y. Nothing dense is
     formed, whatever the tensor's shape. `geotucker.completion` is minimised by conjugate gradients
-    in ranks that grow from one, which finds the dominant parts first.
+    in ranks that grow from one, which finds the dominant parts first. `score` is R^2.
 
     Parameters
     ----------

@@ -44,10 +44,7 @@ class _Linear(TensorSamples):
 
     @property
     def coef_(self) -> Array:
-        """The coefficients as linear models of scikit-learn have them.
-
-        An array of shape (n_features_in_,), or (q, n_features_in_) for q outputs.
-        """
+        """The coefficients, shape (p,) for p features, or (q, p) for q outputs or classes."""
         return gt.to_dense(self.point_).reshape(self.n_features_in_, *self._outputs).T
 
     @property
@@ -80,7 +77,7 @@ class TuckerRegressor(MultiOutputMixin, RegressorMixin, _Linear):
 
     A tensor W of shape (p_1, ..., p_d), or (p_1, ..., p_d, q) for q outputs, is found by conjugate
     gradients on `geotucker.regression`. Where samples are vectors and y a number this is ridge
-    regression; where y is a vector, reduced-rank regression.
+    regression; where y is a vector, reduced-rank regression. `score` is R^2.
 
     Parameters
     ----------
@@ -106,10 +103,11 @@ class TuckerRegressor(MultiOutputMixin, RegressorMixin, _Linear):
     ----------
     point_ : TuckerPoint
         The W.
-    coef_ : array, shape (n_features_in_,) or (q, n_features_in_)
-        Its entries, formed when asked for.
-    intercept_ : float or array, shape (q,)
-        The b.
+    coef_ : array
+        Its entries as linear models of scikit-learn have them, formed when asked for: of shape (p,)
+        for p features, or (q, p) for q outputs.
+    intercept_ : float or array
+        The b, of several outputs one for each.
     sample_shape_ : tuple of int
         Shape of a sample.
     n_iter_ : int
@@ -184,7 +182,7 @@ class TuckerClassifier(ClassifierMixin, _Linear):
 
     Two classes have the logit ``<X_k, W> + b``. More have one each, against all others, and one
     tensor W of shape (p_1, ..., p_d, classes): they share its bases. W is found by conjugate
-    gradients on `geotucker.regression`.
+    gradients on `geotucker.regression`. `score` is the accuracy.
 
     Parameters
     ----------
@@ -209,14 +207,15 @@ class TuckerClassifier(ClassifierMixin, _Linear):
 
     Attributes
     ----------
-    classes_ : array, shape (classes,)
-        The labels.
+    classes_ : array
+        The labels, in order.
     point_ : TuckerPoint
         The W.
-    coef_ : array, shape (n_features_in_,) or (classes, n_features_in_)
-        Its entries, formed when asked for.
-    intercept_ : float or array, shape (classes,)
-        The b.
+    coef_ : array
+        Its entries as linear models of scikit-learn have them, formed when asked for: of shape (p,)
+        for p features, or (q, p) for q classes.
+    intercept_ : float or array
+        The b, of several classes one for each.
     sample_shape_ : tuple of int
         Shape of a sample.
     n_iter_ : int

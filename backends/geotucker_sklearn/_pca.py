@@ -37,15 +37,15 @@ class TuckerPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, TensorSamples
 
     Attributes
     ----------
-    mean_ : array, shape (p_1, ..., p_d)
-        Mean of the training samples.
-    factors_ : list of arrays, shapes (p_i, r_i)
-        The U_i, with orthonormal columns.
+    mean_ : array
+        Mean of the training samples, shape (p_1, ..., p_d).
+    factors_ : list of arrays
+        The U_i, with orthonormal columns, shapes (p_i, r_i).
     ranks_ : tuple of int
         The r_i.
     n_components_ : int
         Number of coefficients, ``prod r_i``.
-    explained_variance_ratio_ : array, shape (n_components_,)
+    explained_variance_ratio_ : array
         Share of the training samples' variance that each coefficient has; they add up to `score`.
     sample_shape_ : tuple of int
         Shape of a sample.
