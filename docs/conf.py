@@ -25,7 +25,7 @@ extensions = [
 exclude_patterns = ["_build"]
 # A reference to a public name of ours must resolve; resolving others would need the network.
 nitpicky = True
-nitpick_ignore_regex = [(r"py:.*", r"(?!geotucker(_torch|_cupy)?\.[A-Za-z]).*")]
+nitpick_ignore_regex = [(r"py:.*", r"(?!geotucker(_torch|_cupy|_sklearn)?\.[A-Za-z]).*")]
 default_role = "code"  # `name` in a docstring is code
 
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGES = ("geotucker", "geotucker_torch", "geotucker_cupy")
+PACKAGES = ("geotucker", "geotucker_torch", "geotucker_cupy", "geotucker_sklearn")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -33,7 +33,7 @@ def run_python(code: str) -> str:
 
 @pytest.mark.parametrize("name", ["geotucker", "geotucker._cli"])
 def test_core_loads_no_array_library(name: str) -> None:
-    heavy = ("torch", "jax", "cupy", "tltorch", "matplotlib", "typer", "rich")
+    heavy = ("torch", "jax", "cupy", "sklearn", "tltorch", "matplotlib", "typer", "rich")
     code = f"import sys, {name}; print([m for m in {heavy} if m in sys.modules])"
     assert run_python(code).strip() == "[]"
 
@@ -53,6 +53,18 @@ print(before, tl.get_backend())
 def test_cupy_binding_imports_without_cupy() -> None:
     code = "import sys; sys.modules['cupy'] = None; import geotucker_cupy; print('imported')"
     assert run_python(code).strip() == "imported"
+
+
+def test_sklearn_binding_says_what_it_needs() -> None:
+    code = """
+import sys
+sys.modules["sklearn"] = None
+try:
+    import geotucker_sklearn
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    assert "pip install 'geotucker[sklearn]'" in run_python(code)
 
 
 @pytest.mark.parametrize("name", PACKAGES)
