@@ -82,6 +82,7 @@ SMALL: Mapping[str, Method] = {
     "TDLRT, truncated at once": partial(tdlrt, start=0.0),
 }
 ALL: Mapping[str, Method] = {**METHODS, **WHOLE, **SMALL}
+DEFAULT = [*WHOLE, *SMALL, *(name for name in METHODS if name.endswith("pruning"))]
 
 
 def work(run: Run) -> Iterator[dict[str, Any]]:
@@ -112,7 +113,7 @@ def _some(data: DataSet, number: int) -> DataSet:
 
 def main(
     networks: Annotated[str, typer.Option(help='"resnet20", "resnet32" or both.')] = "resnet20",
-    methods: Annotated[str, typer.Option(help="Which.")] = ";".join([*WHOLE, *SMALL]),
+    methods: Annotated[str, typer.Option(help='Names, separated by ";".')] = ";".join(DEFAULT),
     budgets: Annotated[str, typer.Option(help="Shares of the parameters to keep.")] = ";".join(
         map(str, BUDGETS)
     ),

@@ -280,10 +280,10 @@ def test_fine_tuning_by_all_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return runs.read(path)
 
     rows = table(budgets="0.1")
-    assert {row["method"] for row in rows} == {*fine_tuning.WHOLE, *fine_tuning.SMALL}
+    assert {row["method"] for row in rows} == set(fine_tuning.DEFAULT)
     assert {(row["data"], row["images"]) for row in rows} == {("noise", "24")}
     ends = {(row["method"], row["kept"]): row for row in rows}  # of the last epoch
-    assert len(ends) == len(fine_tuning.WHOLE) + len(fine_tuning.SMALL)
+    assert len(ends) == len(fine_tuning.DEFAULT)
     for (method, kept), row in ends.items():
         share = int(row["parameters"]) / 269_722
         assert 0.95 * float(kept) < share <= float(kept)
