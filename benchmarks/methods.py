@@ -31,20 +31,25 @@ def dense(model: nn.Module, kept: float, data: DataSet, recipe: Recipe) -> Itera
     return train(model, recipe.sgd(model), data, recipe)
 
 
-def budget(kept: float, data: DataSet, recipe: Recipe) -> gt.Budget:
-    """Return a budget that is reached after half of the steps."""
+def budget(kept: float, data: DataSet, recipe: Recipe, start: float) -> gt.Budget:
+    """Return a budget that is reached after half of the steps, from a share at the start."""
     steps = math.ceil(len(data.train_labels) / recipe.batch) * recipe.epochs
-    return gt.Budget(parameters=kept, start=max(kept, START), steps=max(1, steps // 2))
+    return gt.Budget(parameters=kept, start=max(kept, start), steps=max(1, steps // 2))
 
 
 def tdlrt(
-    model: nn.Module, kept: float, data: DataSet, recipe: Recipe, tensorise: Any = None
+    model: nn.Module,
+    kept: float,
+    data: DataSet,
+    recipe: Recipe,
+    start: float = START,
+    tensorise: Any = None,
 ) -> Iterator[Epoch]:
     """Train in Tucker format by geotucker's defaults, ranks by a budget for the whole network.
 
     `tensorise` names linear layers that are taken as tensors, see `geotucker_torch.factorize`.
     """
-    rule = budget(kept, data, recipe)
+    rule = budget(kept, data, recipe, start)
     model = factorize(model, rule, tensorise=tensorise, verbose=False)
     return train(model, TDLRT(recipe.sgd(model), model, rule), data, recipe)
 

@@ -1,7 +1,8 @@
-"""The whole networks of the benchmarks, in the shapes of CIFAR-10, and how they are trained."""
+"""The whole networks of the benchmarks, for CIFAR-10, fresh or trained, and their optimizers."""
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,9 +10,19 @@ from torch import Tensor, nn
 
 import geotucker as gt
 from geotucker_torch import TDLRT, factorize, plan
+from geotucker_torch._train._fetch import download, find
+from geotucker_torch._train._models import build
 
 _VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)  # 0: pool
 _RESNET18 = ((64, 1), (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), (512, 1))
+
+# ResNets for CIFAR-10 trained by Yerlan Idelbayev, BSD 2-Clause. Files have the start of their
+# SHA-256 in the name.
+_TRAINED = "https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models"
+_SHA256 = {
+    "resnet20": "12fca82f0bebc4135bf1f32f6e3710e61d5108578464b84fd6d7f5c1b04036c8",
+    "resnet32": "d509ac1820d7f25398913559d7e81a13229b1e7adc5648e3bfa5e22dc137f850",
+}
 
 
 def vgg16(width: float = 1.0) -> nn.Module:
@@ -40,6 +51,27 @@ def resnet18(width: float = 1.0) -> nn.Module:
 
 
 NETWORKS: dict[str, Callable[[float], nn.Module]] = {"vgg16": vgg16, "resnet18": resnet18}
+
+
+def pretrained(name: str, folder: Path | None) -> nn.Module:
+    """ResNet20 or ResNet32 with published weights, trained on lossless CIFAR-10.
+
+    Images are to be normalised by ImageNet's means and deviations.
+
+    Parameters
+    ----------
+    name : {"resnet20", "resnet32"}
+    folder : Path or None
+        Where ``pretrained-cifar-resnet/`` may lie; what is not there is downloaded.
+    """
+    file = f"{name}-{_SHA256[name][:8]}.th"
+    path = find(folder, [f"pretrained-cifar-resnet/{file}"]) if folder else None
+    path = path or download(f"{_TRAINED}/{file}", f"sha256:{_SHA256[name]}")
+    saved = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    model = build(name, channels=3, image_size=32, classes=10)
+    # they were saved from within a DataParallel
+    model.load_state_dict({key.removeprefix("module."): value for key, value in saved.items()})
+    return model
 
 
 def at_compression(model: nn.Module, kept: float) -> tuple[nn.Module, float]:

@@ -67,7 +67,7 @@ def work(run: Run) -> Iterator[dict[str, Any]]:
     )
     torch.manual_seed(recipe.seed)
     data, model = load("mnist", data_folder(None)), lenet5()
-    schedule = replace(budget(KEPT, data, recipe), start=given.get("initial size", START))
+    schedule = budget(KEPT, data, recipe, given.get("initial size", START))
     rule = gt.Tolerance(given["tolerance"]) if "tolerance" in given else schedule
     model = factorize(model, schedule, verbose=False)
     parameters = model.parameters()

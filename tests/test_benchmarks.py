@@ -210,3 +210,130 @@ def test_a_large_tensor(tmp_path: Path) -> None:
     assert row["ranks"] == "12x10x8"
     assert float(row["distance_from_truth"]) < 1e-3
     assert list(tmp_path.iterdir()) == [path]
+
+
+def _published(folder: Path, name: str) -> nn.Module:
+    """Write fresh weights in the form of the published ones, and return their network."""
+    from networks import _SHA256
+
+    from geotucker_torch._train._models import build
+
+    model = build(name, channels=3, image_size=32, classes=10)
+    saved = {f"module.{key}": value for key, value in model.state_dict().items()}
+    path = folder / "pretrained-cifar-resnet" / f"{name}-{_SHA256[name][:8]}.th"
+    path.parent.mkdir(exist_ok=True)
+    torch.save({"state_dict": saved, "best_prec1": 91.0}, path)
+    return model
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("resnet20", 269_722), ("resnet32", 464_154)])
+def test_published_weights_are_read(tmp_path: Path, name: str, parameters: int) -> None:
+    from networks import pretrained
+
+    written, model = _published(tmp_path, name), pretrained(name, tmp_path)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    images = torch.randn(2, 3, 8, 8)
+    assert torch.equal(model.eval()(images), written.eval()(images))
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", ["resnet20", "resnet32"])
+def test_published_weights_know_the_images(name: str) -> None:
+    import fine_tuning
+    from networks import pretrained
+
+    from geotucker_torch._train._fetch import data_folder
+
+    folder = data_folder(None)
+    if folder is None:
+        pytest.skip("GEOTUCKER_DATA_DIR names no folder")
+    if not (folder / "pretrained-cifar-resnet").is_dir():
+        pytest.skip("the published weights are not there")
+    data = fine_tuning.images()
+    some = slice(0, None, 40)  # sorted by class
+    with torch.no_grad():
+        guess = pretrained(name, folder).eval()(data.normalise(data.test_images[some])).argmax(1)
+    assert (guess == data.test_labels[some]).float().mean() > 0.75  # 0.81 and more of all
+
+
+def test_fine_tuning_by_all_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    import fine_tuning
+    import runs
+
+    from geotucker_torch._train._data import DataSet
+
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (52, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    labels = torch.arange(52) % 10
+    parts = (images[:32], labels[:32], images[32:], labels[32:])
+    small = DataSet("noise", *parts, mean=(128.0,) * 3, deviation=(60.0,) * 3, flips=True)
+    _published(tmp_path, "resnet20")
+    monkeypatch.setenv("GEOTUCKER_DATA_DIR", str(tmp_path))
+    monkeypatch.setattr(fine_tuning, "images", lambda: small)
+    monkeypatch.setattr(runs, "ProcessPoolExecutor", ThreadPoolExecutor)  # which sees `small`
+    path = tmp_path / "fine_tuning.csv"
+
+    def table(**options: object) -> list[dict[str, str]]:
+        fine_tuning.main(**{"epochs": 2, "images": 24, "jobs": 1, "out": path, **options})
+        return runs.read(path)
+
+    rows = table(budgets="0.1")
+    assert {row["method"] for row in rows} == set(fine_tuning.DEFAULT)
+    assert {(row["data"], row["images"]) for row in rows} == {("noise", "24")}
+    ends = {(row["method"], row["kept"]): row for row in rows}  # of the last epoch
+    assert len(ends) == len(fine_tuning.DEFAULT)
+    for (method, kept), row in ends.items():
+        share = int(row["parameters"]) / 269_722
+        assert 0.95 * float(kept) < share <= float(kept)
+        looked = method in ("as it came", "HOSVD, not trained")
+        assert row["epoch"] == ("0" if looked else "2")
+        assert (row["train_loss"] == "nan") == looked
+    first = {row["method"]: row for row in reversed(rows) if row["kept"] == "0.1"}
+    sizes = {method: int(row["parameters"]) for method, row in first.items()}
+    assert sizes["TDLRT"] > sizes["TDLRT, truncated at once"]
+    assert table(methods="as it came;TDLRT", budgets="0.1") == rows  # nothing was left to do
+    assert len(table(methods="as it came", images=20)) == len(rows) + 1
+
+
+def test_fine_tuning_by_no_method() -> None:
+    import fine_tuning
+    import typer
+
+    with pytest.raises(typer.BadParameter, match="got 'magic', expected some of dense; TDLRT"):
+        fine_tuning.main(methods="dense;magic")
+
+
+def test_figure_of_fine_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import figures
+    import fine_tuning
+    import runs
+
+    def row(method: str, kept: float, seed: int, epoch: int, accuracy: float) -> dict[str, str]:
+        run = fine_tuning.Run(
+            "resnet20", method, kept, fine_tuning.IMAGES, fine_tuning.EPOCHS, fine_tuning.RATE, seed
+        )
+        seen = {"data": "noise", "epoch": epoch, "parameters": int(1000 * kept)}
+        rows = {**run._asdict(), **seen, "test_accuracy": accuracy}
+        return {name: str(value) for name, value in rows.items()}
+
+    rows = [row("dense", 1.0, 0, 3, 90.0)]
+    for seed, accuracy in enumerate((80.0, 84.0)):
+        rows += [row("TDLRT", 0.1, seed, 1, 50.0), row("TDLRT", 0.1, seed, 3, accuracy)]
+        rows.append(row("TDLRT", 0.5, seed, 3, 88.0))
+    rows.append({**row("TDLRT", 0.2, 0, 3, 10.0), "images": "5000"})  # a trial
+    path = tmp_path / "table.csv"
+    runs._write(path, rows)
+    figure = figures.compression(path)
+    (axes,) = figure.axes
+    assert axes.get_title() == "resnet20, noise"
+    dense, line = axes.get_lines()
+    assert list(dense.get_ydata()) == [90.0, 90.0]
+    assert list(line.get_xdata()) == [100, 500]
+    assert list(line.get_ydata()) == [82.0, 88.0]
+    with pytest.raises(ValueError, match="expected a table with runs of the whole recipe"):
+        figures.compression(tmp_path / "none.csv")
+    monkeypatch.setitem(figures.FIGURES, "fine_tuning", lambda: figure)
+    figures.main(["fine_tuning"], tmp_path / "new")
+    assert (tmp_path / "new" / "fine_tuning.png").stat().st_size > 5000

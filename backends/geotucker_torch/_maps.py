@@ -42,6 +42,7 @@ _INPUT_GRADIENT: dict[int, Callable[..., Tensor]] = {
     2: grad.conv2d_input,
     3: grad.conv3d_input,
 }
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by number of axes
 _PAD_MODE = {"zeros": "constant"}  # the names of nn.ConvNd -> those of F.pad, where they differ
 _T = TypeVar("_T")
 # From so many positions on a batched product of matrices beats a convolution with a kernel of one
@@ -381,7 +382,7 @@ class ConvMap:
         padding: int | Sequence[int],
         order: Contraction,
     ) -> Tensor:
-        gradient = _INPUT_GRADIENT[self._order]
+        gradient, kernel = _INPUT_GRADIENT[self._order], _laid_out(kernel, h)
         if not order.project_output or self.groups == 1:
             return gradient(
                 shape, kernel, h, self.stride_left, padding, self.dilation, groups=self.groups
@@ -487,6 +488,14 @@ def _each(value: int | Sequence[int], order: int) -> tuple[int, ...]:
     """Spread one number over all spatial dimensions."""
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * order if len(values) == 1 else values
+
+
+def _laid_out(kernel: Tensor, h: Tensor) -> Tensor:
+    """Lay out a kernel as activations are: a gradient that is given no input follows its kernel."""
+    last = _CHANNELS_LAST.get(h.dim())
+    if last is None or h.is_contiguous() or not h.is_contiguous(memory_format=last):
+        return kernel
+    return torch.empty_like(kernel, memory_format=last).copy_(kernel)  # also where sides are one
 
 
 def _pointwise(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:

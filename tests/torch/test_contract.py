@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import geotucker as gt
 from geotucker_torch import _contract
 from geotucker_torch._contract import dense_weight, tucker_conv, tucker_linear
+from geotucker_torch._maps import ConvMap
 from geotucker_torch._plan import CONTRACTIONS, Contraction, Sizes, cheapest, flops
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -178,6 +179,24 @@ def test_channels_last_input(contraction: Contraction, groups: int) -> None:
     case = small_conv(groups)
     last = case._replace(x=case.x.to(memory_format=torch.channels_last))
     torch.testing.assert_close(contract(last, contraction), contract(case, contraction))
+
+
+@pytest.mark.parametrize(
+    ("last", "side"),
+    [(torch.channels_last, 1), (torch.channels_last, 3), (torch.channels_last_3d, 3)],
+    ids=str,
+)
+def test_gradients_of_inputs_lie_as_those_of_outputs(last: torch.memory_format, side: int) -> None:
+    order = 2 if last == torch.channels_last else 3
+    layer_map = ConvMap.of([side] * order, 1, side // 2, 1, 1, "zeros")
+    kernel = torch.randn(4, 3, *(side,) * order)
+    h, a = torch.randn(2, 4, *(6,) * order), torch.randn(2, 3, *(6,) * order)
+    both = Contraction(project_output=True, project_input=True)
+    expected = layer_map.input_gradient(h, kernel, a, both)
+    assert expected.is_contiguous()
+    got = layer_map.input_gradient(h.to(memory_format=last), kernel, a, both)
+    assert got.is_contiguous(memory_format=last)
+    torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ START: dict[str, Ranks] = {
     "mlp": 32,
     "lenet5": 32,
     "resnet20": 0.5,
+    "resnet32": 0.5,
     "vgg8": 64,
 }
 

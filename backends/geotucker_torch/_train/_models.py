@@ -131,26 +131,26 @@ class _Block(nn.Module):
         return F.relu(y + shortcut)
 
 
-class _ResNet20(nn.Module):
-    """The CIFAR ResNet of depth 20 (He, Zhang, Ren, Sun 2016): widths 16, 32, 64."""
+class _ResNet(nn.Module):
+    """The CIFAR ResNet of three stages (He, Zhang, Ren, Sun 2016): widths 16, 32, 64."""
 
-    def __init__(self, channels: int, classes: int) -> None:
+    def __init__(self, channels: int, classes: int, blocks: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = self._stage(16, 16, 1)
-        self.layer2 = self._stage(16, 32, 2)
-        self.layer3 = self._stage(32, 64, 2)
+        self.layer1 = self._stage(16, 16, 1, blocks)
+        self.layer2 = self._stage(16, 32, 2, blocks)
+        self.layer3 = self._stage(32, 64, 2, blocks)
         self.linear = nn.Linear(64, classes)
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight)
 
     @staticmethod
-    def _stage(before: int, width: int, stride: int) -> nn.Sequential:
-        """Return three blocks, the first of which may halve the image."""
+    def _stage(before: int, width: int, stride: int, blocks: int) -> nn.Sequential:
+        """Return the blocks of a stage, the first of which may halve the image."""
         first = _Block(before, width, stride)
-        return nn.Sequential(first, _Block(width, width, 1), _Block(width, width, 1))
+        return nn.Sequential(first, *(_Block(width, width, 1) for _ in range(blocks - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (batch, channels, h, w) to logits (batch, classes)."""
@@ -159,9 +159,13 @@ class _ResNet20(nn.Module):
         return self.linear(torch.mean(x, dim=(2, 3)))
 
 
-def _resnet20(channels: int, _image_size: int, classes: int) -> nn.Module:
-    """ResNet-20; averages over the image, so it takes any size."""
-    return _ResNet20(channels, classes)
+def _resnet(depth: int) -> Builder:
+    """Return the builder of a ResNet, which averages over the image and so takes any size."""
+
+    def builder(channels: int, _image_size: int, classes: int) -> nn.Module:
+        return _ResNet(channels, classes, blocks=(depth - 2) // 6)
+
+    return builder
 
 
 # Name: the builder, and the smallest height and width of image that it takes.
@@ -169,6 +173,7 @@ MODELS: dict[str, tuple[Builder, int]] = {
     "convnet": (_convnet, 2),
     "mlp": (_mlp, 1),
     "lenet5": (_lenet5, 16),
-    "resnet20": (_resnet20, 4),
+    "resnet20": (_resnet(20), 4),
+    "resnet32": (_resnet(32), 4),
     "vgg8": (_vgg8, 8),
 }
