@@ -9,7 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
+
+from geotucker_torch._train._data import DataSet
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="the benchmarks are not here")
@@ -210,3 +214,64 @@ def test_a_large_tensor(tmp_path: Path) -> None:
     assert row["ranks"] == "12x10x8"
     assert float(row["distance_from_truth"]) < 1e-3
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture
+def digits() -> DataSet:
+    """Return a few images of noise, as a data set of the size of MNIST's images."""
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (16, 1, 28, 28), dtype=torch.uint8)
+    labels = torch.arange(16) % 10
+    return DataSet("noise", images, labels, images, labels, (128.0,), (74.0,))
+
+
+def test_the_theorems_are_measured_and_drawn(digits: DataSet, tmp_path: Path) -> None:
+    import figures
+    import theorems
+
+    for name in theorems.PARTS:
+        theorems.measure(name, digits, tmp_path, theorems.TOY)
+
+    def rows(name: str) -> list[dict[str, str]]:
+        with (tmp_path / f"theorems_{name}.csv").open() as file:
+            return list(csv.DictReader(file))
+
+    descent = rows("descent")
+    assert len(descent) == 10 * theorems.TOY.descent
+    for row in descent:
+        assert float(row["guaranteed"]) <= float(row["decrease"])
+        # What the price is bound by; and what is left of the first-order model is of second order.
+        gradient, error = float(row["gradient"]), float(row["truncation"])
+        assert abs(float(row["price"])) <= gradient * error * (1 + 1e-5)
+        rate, model = float(row["learning_rate"]), float(row["price"])
+        model = rate * gradient**2 - model - float(row["decrease"])
+        assert abs(model) <= float(row["smoothness"]) * (rate * gradient + error) ** 2
+    assert min(float(row["condition"]) for row in descent) < 1.1e-8
+    assert {row["rates"] for row in rows("convergence")} == {"falling", "constant"}
+    approximation = rows("approximation")
+    assert {row["term"] for row in approximation} == {"flow", "lambda", "tau", "eps"}
+    for row in approximation:
+        assert 0 < float(row["distance"]) < float(row["moved"])
+    assert {row["network"] for row in rows("spectra")} == {"dense", "growing"}
+
+    for folder in ("one", "two"):
+        figures.main(only=",".join(figures.FIGURES), tables=tmp_path, out=tmp_path / folder)
+    for name in figures.FIGURES:
+        one, two = ((tmp_path / folder / f"{name}.svg").read_bytes() for folder in ("one", "two"))
+        assert one.startswith(b"<?xml") and one == two
+
+
+@given(*(st.floats(0.01, 3.0) for _ in range(4)))
+def test_a_step_may_gain_no_more_than_is_guaranteed(
+    rate: float, smoothness: float, w: float, error: float
+) -> None:
+    # On L(w) = smoothness / 2 w^2 a truncation error along the gradient, or against it, is worst.
+    from theorems import guaranteed
+
+    gradient = smoothness * w
+    ends = (w - rate * gradient + sign * error for sign in (-1, 1))
+    worst = min(smoothness / 2 * (w**2 - end**2) for end in ends)
+    bound = guaranteed(rate, gradient, error, smoothness)
+    assert bound == pytest.approx(worst, abs=1e-9 * smoothness * (w + error + gradient) ** 2)
+    if rate * smoothness <= 1:
+        assert guaranteed(rate, gradient, error, 1 / rate) <= bound + 1e-9 * (1 + abs(bound))
