@@ -36,8 +36,18 @@ def fill(
     -------
     list of dict
         All rows of the table, as text.
+
+    Raises
+    ------
+    ValueError
+        If the table has other columns.
     """
-    rows = read(path)
+    rows, first = read(path), list(runs[0]._fields)
+    if rows and list(rows[0])[: len(first)] != first:
+        raise ValueError(
+            f"path: expected a table that begins with {', '.join(first)}, got {path} with "
+            f"{', '.join(rows[0])}; move it away to begin a new one"
+        )
     done = {tuple(row.values())[: len(runs[0])] for row in rows}
     todo = [run for run in runs if tuple(map(str, run)) not in done]
     with ProcessPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:

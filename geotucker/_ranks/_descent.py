@@ -22,6 +22,10 @@ class DescentSafe:
     in each step so that the last term is a share of the one before. Each of the d modes may drop
     a tail of norm ``theta a / sqrt(d)``.
 
+    With steps ``S = -lr G`` of `TDLRT` and a gradient of Lipschitz constant l the second order is
+    paid for as well: the loss falls in every step as long as ``lr l < 2 / (1 + theta)``, which is
+    4/3 for the default.
+
     The integrators supply the allowance. That of `TDLRT` is exact to first order: its errors lie
     in the bases in which G is known. `Tangent` knows the tangential part of G only, and the
     other part is left out.

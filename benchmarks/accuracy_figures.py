@@ -1,0 +1,133 @@
+"""Figures of accuracies: of what `stability`, `compression` and their like have in their tables."""
+
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from drawing import BLUE, GREEN, GREY, ORANGE, PINK, RED, Row, column, grouped, label, panels, table
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+
+OURS = ("TDLRT", "TDLRT, layers as tensors")  # drawn in front, in strong colours
+WHOLE = ("dense", "as it came")  # of one size: drawn level
+
+
+def stability(folder: Path) -> Figure:
+    """Draw accuracy over the epochs from a good and from a badly conditioned start."""
+    rows = table(folder, "stability")
+    starts = grouped(rows, "start")
+    figure, axes = panels(len(starts), 3.0)
+    for panel, ((start,), own) in zip(axes, starts, strict=True):
+        for (method,), runs in grouped(own, "method"):
+            color = colors(rows)[method]
+            epochs = [rows for _, rows in grouped(runs, "epoch")]
+            scores = [column(rows, "test_accuracy") for rows in epochs]
+            x = [int(rows[0]["epoch"]) for rows in epochs]
+            panel.plot(x, [s.mean() for s in scores], color=color, label=method)
+            panel.fill_between(
+                x, [s.min() for s in scores], [s.max() for s in scores], color=color, alpha=0.2
+            )
+        panel.set(title=f"{start} start", xlabel="epoch", ylim=(0, 100))
+    axes[0].set_ylabel("test accuracy (%)")
+    axes[-1].legend(loc="lower right")
+    return figure
+
+
+def compression(folder: Path) -> Figure:
+    """Draw accuracy against the share of the parameters, by method, a panel for each problem."""
+    return by_size(table(folder, "compression"), "problem")
+
+
+def fine_tuning(folder: Path) -> Figure:
+    """Draw accuracy after fine-tuning against the share of the parameters, for each network.
+
+    Of the longest runs, on the most images: others are trials.
+    """
+    rows = table(folder, "fine_tuning")
+    most = {name: f"{column(rows, name).max():.0f}" for name in ("images", "epochs")}
+    return by_size(table(folder, "fine_tuning", **most), "network")
+
+
+def time(folder: Path) -> Figure:
+    """Draw accuracy over the processor time of training, at one share of the parameters."""
+    rows = table(folder, "compression", problem="lenet5", seed="0")
+    chosen = [row for row in rows if row["kept"] in ("1.0", "0.02")]
+    figure, (axes,) = panels(1, 3.4)
+    figure.set_figwidth(6.0)
+    for (method,), runs in grouped(chosen, "method"):
+        own, color = best_rate(runs), colors(chosen)[method]
+        axes.plot(column(own, "seconds"), column(own, "test_accuracy"), color=color, label=method)
+    axes.set(xlabel="processor time of training (s)", ylabel="test accuracy (%)", ylim=(95, 99.6))
+    axes.legend(fontsize=7, ncols=2, loc="lower right")
+    return figure
+
+
+def sensitivity(folder: Path) -> Figure:
+    """Draw the end of runs in which one setting varies, a panel for each."""
+    settings = grouped(table(folder, "sensitivity"), "setting")
+    figure = Figure(figsize=(8.4, 2.2 * -(-len(settings) // 3)))
+    axes = list(np.atleast_1d(figure.subplots(-(-len(settings) // 3), 3)).flat)
+    for panel, setting in zip_longest(axes, settings):
+        if setting is None:
+            panel.set_axis_off()
+            continue
+        (name,), rows = setting
+        ends = [run[-1] for _, run in grouped(rows, "value", "seed", "epochs")]
+        values = [row["value"] for row in ends]
+        panel.plot(range(len(ends)), column(ends, "test_accuracy"), "o-", color=BLUE)
+        panel.set_xticks(range(len(ends)), values, rotation=30 if name == "optimizer" else 0)
+        panel.set(title=name, ylim=(94, 99.5))
+        if name == "tolerance":  # the only one that leads to other sizes
+            for i, row in enumerate(ends):
+                share = int(row["parameters"]) / 431_080
+                y = float(row["test_accuracy"])
+                label(panel, i, y, f"{share:.1%}", GREY, xytext=(0, -9), ha="center")
+    return figure
+
+
+def by_size(rows: Sequence[Row], where: str) -> Figure:
+    """Draw means over seeds against the share of the parameters, and from worst to best."""
+    places = grouped(rows, where)
+    figure, axes = panels(len(places), 4.4)
+    figure.set_figwidth(max(6.0, 5.0 * len(places)))
+    for panel, ((name,), own) in zip(axes, places, strict=True):
+        dense = max(int(row["parameters"]) for row in own)
+        for (method,), runs in grouped(own, "method"):
+            color, points = colors(rows)[method], []
+            for _, same in grouped(best_rate(runs), "kept"):
+                ends = [run[-1] for _, run in grouped(same, "seed")]
+                scores = column(ends, "test_accuracy")
+                points.append((column(ends, "parameters").mean() / dense, scores))
+            points.sort(key=lambda point: point[0])
+            x, y = [share for share, _ in points], [scores.mean() for _, scores in points]
+            if method in WHOLE:
+                panel.axhline(y[0], color=GREY, linewidth=0.8)
+                label(panel, 1.0, y[0], method, GREY, xytext=(0, 5), ha="right")
+                continue
+            front = {"linewidth": 2.0, "zorder": 3} if method in OURS else {}
+            panel.plot(x, y, "o-", color=color, label=method, **front)
+            panel.vlines(x, [s.min() for _, s in points], [s.max() for _, s in points], color)
+        panel.set(title=f"{name}, {own[0]['data']}", xscale="log", xlabel="parameters kept")
+        panel.xaxis.set_major_formatter(lambda x, _: f"{100 * x:g} %")
+        panel.legend(fontsize=7, loc="lower right")
+    axes[0].set_ylabel("test accuracy (%)")
+    return figure
+
+
+def best_rate(rows: Iterable[Row]) -> list[Row]:
+    """Return of each run the one whose learning rate served best at the end."""
+    found: list[Row] = []
+    for _, same in grouped(list(rows), "kept", "seed"):
+        runs = [run for _, run in grouped(same, "rate")]
+        found += max(runs, key=lambda run: float(run[-1]["test_accuracy"]))
+    return found
+
+
+def colors(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return a colour for each method, the same in all panels of a figure."""
+    others = iter([GREEN, ORANGE, PINK, *colormaps["tab20"].colors])  # type: ignore[attr-defined]
+    strong = dict(zip((*OURS, *WHOLE), (BLUE, RED, GREY, GREY), strict=True))
+    names = [method for (method,), _ in grouped(rows, "method")]
+    return {name: strong[name] if name in strong else next(others) for name in names}
