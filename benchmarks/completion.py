@@ -37,7 +37,6 @@ machine was idler then.
   rank, with 3, 10, 30, ... iterations as long as time is left.
 """
 
-import csv
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -48,6 +47,7 @@ import numpy as np
 import tensorly as tl
 import torch
 import typer
+from tables import write
 from tensorly import datasets
 from tensorly.decomposition import parafac, tucker
 
@@ -326,17 +326,8 @@ def main(
             timed = case._replace(seconds=seconds * case.seconds)
             for row in runs(name, timed, share, methods.split(";") if methods else list(METHODS)):
                 rows.append(row | {"command": " ".join(["python", *sys.argv])})
-                write(rows, out)
+                write(out, rows)
                 typer.echo("  ".join(str(value) for value in row.values()))
-
-
-def write(rows: list[dict[str, object]], path: Path) -> None:
-    """Write the table as far as it is known."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

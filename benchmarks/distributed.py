@@ -18,7 +18,6 @@ that is for more machines, of one process each, on a network of 1 Gbit/s and 50 
 a step of one process alone; nothing overlaps. The table is ``benchmarks/results/distributed.csv``.
 """
 
-import csv
 import os
 import tempfile
 import time
@@ -30,6 +29,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tables import write
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -182,13 +182,10 @@ def main() -> None:
     rows += [
         beyond(row, processes) for processes in BEYOND for row in rows if row["processes"] == 1
     ]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], "torch"], lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
-            writer.writerow({**shown, "torch": torch.__version__})
+    shown = [
+        {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()} for row in rows
+    ]
+    write(options.out, [{**row, "torch": torch.__version__} for row in shown])
 
 
 if __name__ == "__main__":

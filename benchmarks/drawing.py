@@ -1,13 +1,13 @@
 """What the figures of the documentation have in common: their style, and how tables are read."""
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from tables import Row, read
 
 # Of Okabe and Ito (2008), which people with any colour vision can tell apart.
 BLUE, RED, GREEN, PINK, ORANGE = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
@@ -26,13 +26,10 @@ STYLE: Any = {
     "svg.hashsalt": "geotucker",
 }
 
-Row: TypeAlias = dict[str, str]
-
 
 def table(folder: Path, name: str, **wanted: str) -> list[Row]:
     """Read the rows of a table that have certain values."""
-    with (folder / f"{name}.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read(folder / f"{name}.csv")
     return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 
 

@@ -11,7 +11,6 @@ The table goes to ``benchmarks/results/gpu.csv``. Without a CUDA device nothing 
 script has not been run on one yet.
 """
 
-import csv
 import statistics
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from networks import NETWORKS, trainings
+from tables import write
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -90,10 +90,7 @@ def main(
             row = (network, name, round(took, 2), count, round(peak, 1), device, torch.__version__)
             rows.append(row)
             typer.echo("  ".join(map(str, row)))
-    out.parent.mkdir(exist_ok=True)
-    with out.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([FIELDS, *rows])
+    write(out, [dict(zip(FIELDS, row, strict=True)) for row in rows])
 
 
 if __name__ == "__main__":

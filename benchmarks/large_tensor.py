@@ -11,7 +11,6 @@ errors go to ``benchmarks/results/large_tensor.csv``; the file is deleted. Needs
 disk and a few minutes.
 """
 
-import csv
 import os
 import resource
 import shutil
@@ -24,6 +23,7 @@ from typing import Annotated
 
 import numpy as np
 import typer
+from tables import write
 
 import geotucker as gt
 from geotucker.testing import random_point
@@ -96,11 +96,7 @@ def main(
             "distance_from_truth": f"{distance:.2e}",
             "result_kib": f"{result.stat().st_size / 1024:.0f}",
         }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(row), lineterminator="\n")
-        writer.writeheader()
-        writer.writerow(row)
+    write(out, [row])
     typer.echo("  ".join(f"{key} {value}" for key, value in row.items()))
 
 

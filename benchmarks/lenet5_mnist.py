@@ -9,7 +9,6 @@ run to ``benchmarks/results/lenet5_mnist.csv`` and prints mean and range. MNIST 
 read from the folder that ``GEOTUCKER_DATA_DIR`` names. About an hour on two cores.
 """
 
-import csv
 import json
 import os
 import subprocess
@@ -20,6 +19,7 @@ from statistics import mean
 from typing import Annotated
 
 import typer
+from tables import write
 
 RECIPE = ["--data", "mnist", "--model", "lenet5", "--optimizer", "sgd", "--lr", "0.2",
           "--batch-size", "64", "--epochs", "12", "--basis-every", "1",
@@ -29,7 +29,6 @@ SETTINGS = {
     "3%": ["--budget", "3%", "--no-baseline"],
 }
 RESULTS = Path(__file__).parent / "results" / "lenet5_mnist.csv"
-FIELDS = ["setting", "network", "seed", "epochs", "parameters", "compression", "test_accuracy"]
 
 
 def train(job: tuple[str, int, Path]) -> list[dict[str, object]]:
@@ -69,11 +68,7 @@ def main(
     with ThreadPoolExecutor(jobs) as pool:
         rows = [row for rows in pool.map(train, todo) for row in rows]
     rows.sort(key=lambda row: (str(row["setting"]), str(row["seed"])))
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write(RESULTS, rows)
     for setting in ["dense", *SETTINGS]:
         chosen = [row for row in rows if row["setting"] == setting]
         accuracies = [float(str(row["test_accuracy"])) for row in chosen]

@@ -12,7 +12,6 @@ that move the bases, at fixed ranks and by a rule, and in the steps between. The
 ``benchmarks/results/operations.csv``; `gpu.py` measures the same on a device, with times.
 """
 
-import csv
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from unittest.mock import patch
 import torch
 import typer
 from networks import NETWORKS, trainings
+from tables import write
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -105,10 +105,7 @@ def main(out: Annotated[Path, typer.Option(help="The table.")] = RESULTS) -> Non
         for name, (model, optimizer) in trainings(build(), SETTINGS).items():
             rows.append((network, name, *count(model, optimizer), torch.__version__))
             typer.echo("  ".join(map(str, rows[-1])))
-    out.parent.mkdir(exist_ok=True)
-    with out.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([FIELDS, *rows])
+    write(out, [dict(zip(FIELDS, row, strict=True)) for row in rows])
 
 
 if __name__ == "__main__":

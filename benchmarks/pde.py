@@ -12,7 +12,6 @@ whose singular values are tiny; and steps, ranks and errors at given tolerances.
 ``benchmarks/results/pde.csv`` and, the ranks over time, ``pde_ranks.csv``. A few minutes.
 """
 
-import csv
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import typer
+from tables import write
 
 import geotucker as gt
 
@@ -160,16 +160,6 @@ def tolerances(
     """Yield row and evolution at each tolerance."""
     for tolerance in values:
         yield measure(problem, order=2, tolerance=tolerance)
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write a table; what a row lacks stays empty."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def main(

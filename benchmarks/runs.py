@@ -1,6 +1,5 @@
 """Tables that fill up run by run, and go on from where they were left."""
 
-import csv
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -8,8 +7,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from rich.progress import track
+from tables import Row, read, write
 
-Row = dict[str, Any]
 R = TypeVar("R", bound=NamedTuple)
 
 
@@ -41,6 +40,8 @@ def fill(
     ------
     ValueError
         If the table has other columns.
+    Exception
+        What ended a run, after all others are done.
     """
     rows, first = read(path), list(runs[0]._fields)
     if rows and list(rows[0])[: len(first)] != first:
@@ -51,33 +52,17 @@ def fill(
     done = {tuple(row.values())[: len(runs[0])] for row in rows}
     todo = [run for run in runs if tuple(map(str, run)) not in done]
     with ProcessPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        started = {pool.submit(_rows, work, run): run for run in todo}
+        started = [pool.submit(_rows, work, run) for run in todo]
         for ended in track(as_completed(started), path.stem, len(todo)):
-            rows += ended.result()
-            _write(path, rows)
+            if ended.exception() is None:
+                rows += ended.result()
+                write(path, rows)
+    for ended in started:
+        ended.result()  # raises what ended it
     return rows
-
-
-def read(path: Path) -> list[Row]:
-    """Return the rows of a table, none where there is no table."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def _rows(work: Callable[[R], Iterable[Mapping[str, Any]]], run: R) -> list[Row]:
     """Return what a run gives, as text, each row with the run in front."""
     key = run._asdict()
     return [{k: str(v) for k, v in {**key, **row}.items()} for row in work(run)]
-
-
-def _write(path: Path, rows: Sequence[Row]) -> None:
-    """Replace a table; what it held is there until all of the new one is."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    part.replace(path)

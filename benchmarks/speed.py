@@ -13,7 +13,6 @@ directions would be nothing but rounding. The table goes to ``benchmarks/results
 rows of other cases stay there. About an hour on two cores.
 """
 
-import csv
 import os
 import platform
 import shlex
@@ -32,6 +31,7 @@ import torch
 import typer
 from measuring import Timed, Times, interleaved, peak_bytes, shares
 from networks import NETWORKS, at_compression, sgd
+from tables import read, write
 from torch import Tensor, nn
 
 import geotucker as gt
@@ -310,20 +310,13 @@ def _origin() -> Row:
     return {**versions, "python": platform.python_version(), "machine": machine, "command": command}
 
 
-def write(rows: list[Row], path: Path) -> None:
+def merge(rows: list[Row], path: Path) -> None:
     """Write the rows in place of older ones of the same cases and threads."""
     new = {(row["case"], str(row["threads"])) for row in rows}
-    old: list[Row] = []
-    if path.exists():
-        with path.open(newline="") as file:
-            old = [r for r in csv.DictReader(file) if (r["case"], r["threads"]) not in new]
+    old: list[Row] = [{**r} for r in read(path) if (r["case"], r["threads"]) not in new]
     order = list(CASES)
     merged = sorted([*old, *rows], key=lambda row: (order.index(row["case"]), int(row["threads"])))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(merged)
+    write(path, [{name: row.get(name, "") for name in FIELDS} for row in merged])
 
 
 def show(rows: list[Row]) -> None:
@@ -363,7 +356,7 @@ def main(
                 rows = process.submit(case_rows, name, number, quick, turns).result()
                 show(rows)
                 if path is not None:
-                    write([{**row, **_origin()} for row in rows], path)
+                    merge([{**row, **_origin()} for row in rows], path)
 
 
 if __name__ == "__main__":

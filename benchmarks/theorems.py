@@ -32,8 +32,8 @@ from typing import Annotated, Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 import typer
-from pde import RESULTS, write
 from robustness import convert, lenet
+from tables import write
 from theorem_figures import FEW, power
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -45,6 +45,7 @@ from geotucker_torch._train._data import DataSet, load
 from geotucker_torch._train._fetch import data_folder
 
 Row: TypeAlias = dict[str, Any]
+RESULTS = Path(__file__).parent / "results"
 RANK = 8  # of every mode that has as many dimensions, where ranks are fixed
 FULL = 10_000
 TIME = 0.5  # of the flows

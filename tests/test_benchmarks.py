@@ -45,7 +45,7 @@ def test_speed_of_a_layer_and_of_a_network(tmp_path: Path) -> None:
 
 
 def test_rows_of_other_cases_stay_in_the_table(tmp_path: Path) -> None:
-    from speed import write
+    from speed import merge
 
     def row(case: str, threads: int, method: str) -> dict[str, object]:
         return {"case": case, "threads": threads, "method": method}
@@ -55,9 +55,9 @@ def test_rows_of_other_cases_stay_in_the_table(tmp_path: Path) -> None:
             return [(r["case"], r["threads"], r["method"]) for r in csv.DictReader(file)]
 
     path = tmp_path / "speed.csv"
-    write([row("vgg16", 1, "a"), row("vgg16", 2, "b")], path)
-    write([row("conv128", 2, "c")], path)
-    write([row("vgg16", 1, "d"), row("vgg16", 1, "e")], path)
+    merge([row("vgg16", 1, "a"), row("vgg16", 2, "b")], path)
+    merge([row("conv128", 2, "c")], path)
+    merge([row("vgg16", 1, "d"), row("vgg16", 1, "e")], path)
     assert table() == [
         ("conv128", "2", "c"),
         ("vgg16", "1", "d"),

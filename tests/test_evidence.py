@@ -47,7 +47,8 @@ class Toss(NamedTuple):
 
 
 def test_a_table_goes_on_where_it_was_left(tmp_path: Path) -> None:
-    from runs import fill, read
+    from runs import fill
+    from tables import read
 
     path, done = tmp_path / "new" / "table.csv", []
 
@@ -208,7 +209,7 @@ def test_published_weights_know_the_images(name: str) -> None:
 
 def test_fine_tuning_by_all_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import fine_tuning
-    import runs
+    import tables
 
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (52, 3, 8, 8), generator=generator, dtype=torch.uint8)
@@ -222,7 +223,7 @@ def test_fine_tuning_by_all_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     def table(**options: object) -> list[dict[str, str]]:
         fine_tuning.main(**{"epochs": 2, "images": 24, "jobs": 1, "out": path, **options})
-        return runs.read(path)
+        return tables.read(path)
 
     rows = table(budgets="0.1")
     assert {row["method"] for row in rows} == set(fine_tuning.DEFAULT)
@@ -253,7 +254,7 @@ def test_fine_tuning_by_no_method() -> None:
 def test_figure_of_fine_tuning(tmp_path: Path) -> None:
     import figures
     import fine_tuning
-    import runs
+    import tables
 
     def row(method: str, kept: float, seed: int, epoch: int, accuracy: float) -> dict[str, str]:
         run = fine_tuning.Run(
@@ -270,7 +271,7 @@ def test_figure_of_fine_tuning(tmp_path: Path) -> None:
         other = {**row("TDLRT", 0.5, seed, 3, 70.0), "rate": "0.4"}  # a rate that serves worse
         rows.append(other)
     rows.append({**row("TDLRT", 0.2, 0, 3, 10.0), "images": "5000"})  # a trial
-    runs._write(tmp_path / "fine_tuning.csv", rows)
+    tables.write(tmp_path / "fine_tuning.csv", rows)
     (axes,) = figures.FIGURES["fine_tuning"](tmp_path).axes
     assert axes.get_title() == "resnet20, noise"
     dense, line = axes.get_lines()
