@@ -22,7 +22,7 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
-from methods import METHODS, tdlrt
+from methods import AS_TENSORS, METHODS, Method
 from networks import resnet18, vgg16
 from runs import fill
 from torch import nn
@@ -34,7 +34,7 @@ from geotucker_torch._train._models import build
 
 RESULTS = Path(__file__).parent / "results" / "compression.csv"
 SHARES = "0.05,0.02,0.01,0.1,0.25,0.5"
-DENSE, TENSORS = "dense", "TDLRT, layers as tensors"
+DENSE = "dense"
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,15 @@ class Run(NamedTuple):
     epochs: int
 
 
+def methods_of(problem: Problem) -> dict[str, Method]:
+    """Return the methods that can train a problem's network."""
+    tensors = AS_TENSORS if problem.tensorise else {}
+    return METHODS | {
+        f"{name}, layers as tensors": partial(method, tensorise=problem.tensorise)
+        for name, method in tensors.items()
+    }
+
+
 def work(run: Run, device: str = "cpu") -> Iterator[dict[str, Any]]:
     """Train one network and return its epochs."""
     problem = PROBLEMS[run.problem]
@@ -80,8 +89,7 @@ def work(run: Run, device: str = "cpu") -> Iterator[dict[str, Any]]:
     recipe = replace(problem.recipe, rate=run.rate, epochs=run.epochs, seed=run.seed)
     torch.manual_seed(run.seed)
     model = problem.build().to(device, memory_format=torch.channels_last)
-    method = METHODS.get(run.method) or partial(tdlrt, tensorise=problem.tensorise)
-    for epoch in method(model, run.kept, data, recipe):
+    for epoch in methods_of(problem)[run.method](model, run.kept, data, recipe):
         yield {"data": data.name, **row(epoch)}
 
 
@@ -99,8 +107,7 @@ def main(
     out: Annotated[Path, typer.Option(help="The table.")] = RESULTS,
 ) -> None:
     """Train what the table does not hold yet, and say where each method ended."""
-    known = [*METHODS, *([TENSORS] if PROBLEMS[problem].tensorise else [])]
-    chosen = methods.split(";") if methods else known
+    chosen = methods.split(";") if methods else methods_of(PROBLEMS[problem])
     recipe = PROBLEMS[problem].recipe
     shares = [float(share) for share in kept.split(",")]
     runs = [

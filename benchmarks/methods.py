@@ -72,7 +72,17 @@ def as_before(spectra: Sequence[gt.Spectrum]) -> list[Any]:
     return [spectrum.facts.previous for spectrum in spectra]
 
 
-def fine_tuned(model: nn.Module, kept: float, data: DataSet, recipe: Recipe) -> Iterator[Epoch]:
+def plain_descent_by_budget(
+    model: nn.Module, kept: float, data: DataSet, recipe: Recipe, tensorise: Any = None
+) -> Iterator[Epoch]:
+    """Descend on cores and factors as on any parameters, at the ranks of `tdlrt`'s rule."""
+    model = factorize(model, gt.Budget(parameters=kept), tensorise=tensorise, verbose=False)
+    return train(model.requires_grad_(True), recipe.sgd(model), data, recipe)
+
+
+def fine_tuned(
+    model: nn.Module, kept: float, data: DataSet, recipe: Recipe, tensorise: Any = None
+) -> Iterator[Epoch]:
     """Train densely for half of the epochs, truncate, and descend on cores and factors.
 
     Y.-D. Kim et al., Compression of deep convolutional neural networks, ICLR 2016,
@@ -85,7 +95,7 @@ def fine_tuned(model: nn.Module, kept: float, data: DataSet, recipe: Recipe) -> 
         seconds = epoch.seconds
     if math.isnan(seconds):  # diverged
         return
-    model = factorize(model, gt.Budget(parameters=kept), verbose=False)
+    model = factorize(model, gt.Budget(parameters=kept), tensorise=tensorise, verbose=False)
     model.requires_grad_(True)
     rest = range(half, recipe.epochs)
     yield from train(model, recipe.sgd(model), data, recipe, rest, seconds=seconds)
@@ -105,4 +115,10 @@ METHODS: dict[str, Method] = {
     "SNIP": partial(pruning.prune_at_start, pruning.snip),
     "GraSP": partial(pruning.prune_at_start, pruning.grasp),
     "SynFlow": partial(pruning.prune_at_start, pruning.synflow),
+}
+# Those that can take linear layers as tensors: with an argument `tensorise`.
+AS_TENSORS: dict[str, Callable[..., Iterator[Epoch]]] = {
+    "TDLRT": tdlrt,
+    "Tucker, plain descent": plain_descent_by_budget,
+    "HOSVD, fine-tuned": fine_tuned,
 }

@@ -121,7 +121,11 @@ def test_compression_by_some_methods(
     import figures
 
     monkeypatch.setattr(compression, "load", lambda *_: digits)
-    path, methods = tmp_path / "compression.csv", "dense;TDLRT;TDLRT, layers as tensors;SNIP"
+    path = tmp_path / "compression.csv"
+    known = compression.methods_of(compression.PROBLEMS["lenet5"])
+    tensors = [name for name in known if name.endswith(", layers as tensors")]
+    assert len(tensors) == 3
+    methods = ";".join(["dense", "TDLRT", "SNIP", *tensors])
     options: dict[str, Any] = {"problem": "lenet5", "kept": "0.05,0.02", "epochs": 2, "jobs": 1}
     options |= {"seeds": 1, "device": "cpu", "methods": methods, "out": path}
     compression.main(rate=None, **options)
@@ -129,7 +133,7 @@ def test_compression_by_some_methods(
     with path.open() as file:
         rows = list(csv.DictReader(file))
     ends = [row for row in rows if row["epoch"] == "2"]
-    assert len(rows) == 2 * len(ends) == 16
+    assert len(rows) == 2 * len(ends) == 2 * (2 + 2 * 5)
     for row in ends:
         share = int(row["parameters"]) / 431_080
         assert 0.97 * float(row["kept"]) <= share <= float(row["kept"])
