@@ -16,7 +16,7 @@ WHOLE = ("dense", "as it came")  # of one size: drawn level
 
 def stability(folder: Path) -> Figure:
     """Draw accuracy over the epochs from a good and from a badly conditioned start."""
-    rows = table(folder, "stability")
+    rows = longest(table(folder, "stability"))
     starts = grouped(rows, "start")
     figure, axes = panels(len(starts), 3.0)
     for panel, ((start,), own) in zip(axes, starts, strict=True):
@@ -46,13 +46,13 @@ def fine_tuning(folder: Path) -> Figure:
     Of the longest runs, on the most images: others are trials.
     """
     rows = table(folder, "fine_tuning")
-    most = {name: f"{column(rows, name).max():.0f}" for name in ("images", "epochs")}
-    return by_size(table(folder, "fine_tuning", **most), "network")
+    most = f"{column(rows, 'images').max():.0f}"
+    return by_size(table(folder, "fine_tuning", images=most), "network")
 
 
 def time(folder: Path) -> Figure:
     """Draw accuracy over the processor time of training, at one share of the parameters."""
-    rows = table(folder, "compression", problem="lenet5", seed="0")
+    rows = longest(table(folder, "compression", problem="lenet5", seed="0"))
     chosen = [row for row in rows if row["kept"] in ("1.0", "0.02")]
     figure, (axes,) = panels(1, 3.4)
     figure.set_figwidth(6.0)
@@ -89,7 +89,7 @@ def sensitivity(folder: Path) -> Figure:
 
 def by_size(rows: Sequence[Row], where: str) -> Figure:
     """Draw means over seeds against the share of the parameters, and from worst to best."""
-    places = grouped(rows, where)
+    places = [(place, longest(own)) for place, own in grouped(rows, where)]
     figure, axes = panels(len(places), 4.4)
     figure.set_figwidth(max(6.0, 5.0 * len(places)))
     for panel, ((name,), own) in zip(axes, places, strict=True):
@@ -97,18 +97,24 @@ def by_size(rows: Sequence[Row], where: str) -> Figure:
         for (method,), runs in grouped(own, "method"):
             color, points = colors(rows)[method], []
             for _, same in grouped(best_rate(runs), "kept"):
-                ends = [run[-1] for _, run in grouped(same, "seed")]
-                scores = column(ends, "test_accuracy")
-                points.append((column(ends, "parameters").mean() / dense, scores))
+                last = [run[-1] for _, run in grouped(same, "seed")]
+                scores = column(last, "test_accuracy")
+                if np.isnan(scores).all():  # diverged, or cannot meet the share
+                    continue
+                points.append((column(last, "parameters").mean() / dense, scores))
+            if not points:
+                continue
             points.sort(key=lambda point: point[0])
-            x, y = [share for share, _ in points], [scores.mean() for _, scores in points]
+            x, y = [share for share, _ in points], [np.nanmean(scores) for _, scores in points]
             if method in WHOLE:
                 panel.axhline(y[0], color=GREY, linewidth=0.8)
                 label(panel, 1.0, y[0], method, GREY, xytext=(0, 5), ha="right")
                 continue
             front = {"linewidth": 2.0, "zorder": 3} if method in OURS else {}
             panel.plot(x, y, "o-", color=color, label=method, **front)
-            panel.vlines(x, [s.min() for _, s in points], [s.max() for _, s in points], color)
+            panel.vlines(
+                x, [np.nanmin(s) for _, s in points], [np.nanmax(s) for _, s in points], color
+            )
         panel.set(title=f"{name}, {own[0]['data']}", xscale="log", xlabel="parameters kept")
         panel.xaxis.set_major_formatter(lambda x, _: f"{100 * x:g} %")
         panel.legend(fontsize=7, loc="lower right")
@@ -117,12 +123,26 @@ def by_size(rows: Sequence[Row], where: str) -> Figure:
 
 
 def best_rate(rows: Iterable[Row]) -> list[Row]:
-    """Return of each run the one whose learning rate served best at the end."""
+    """Return for each share the runs at the learning rate that served best, over all seeds.
+
+    By the test accuracies at the end, which flatters whoever has tried more rates. A run that
+    diverged counts as zero.
+    """
+
+    def merit(runs: Sequence[Row]) -> float:
+        ends = [run[-1] for _, run in grouped(runs, "seed")]
+        return float(np.nan_to_num(column(ends, "test_accuracy")).mean())
+
     found: list[Row] = []
-    for _, same in grouped(list(rows), "kept", "seed"):
-        runs = [run for _, run in grouped(same, "rate")]
-        found += max(runs, key=lambda run: float(run[-1]["test_accuracy"]))
+    for _, same in grouped(list(rows), "kept"):
+        found += max((runs for _, runs in grouped(same, "rate")), key=merit)
     return found
+
+
+def longest(rows: Sequence[Row]) -> list[Row]:
+    """Return the runs of the most epochs; shorter ones are trials."""
+    most = f"{max(int(row['epochs']) for row in rows)}"
+    return [row for row in rows if row["epochs"] == most]
 
 
 def colors(rows: Sequence[Row]) -> dict[str, Any]:

@@ -13,10 +13,11 @@ rate of its own for a method (``--rate``) makes a run of its own. Data are downl
 the folder that ``GEOTUCKER_DATA_DIR`` names. A run of LeNet-5 takes about four minutes of a core.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -26,8 +27,9 @@ from methods import AS_TENSORS, METHODS, Method
 from networks import resnet18, vgg16
 from runs import fill
 from torch import nn
-from training import Recipe, lenet5, row
+from training import Epoch, Recipe, lenet5, row
 
+import geotucker as gt
 from geotucker_torch._train._data import load
 from geotucker_torch._train._fetch import data_folder
 from geotucker_torch._train._models import build
@@ -83,13 +85,20 @@ def methods_of(problem: Problem) -> dict[str, Method]:
 
 
 def work(run: Run, device: str = "cpu") -> Iterator[dict[str, Any]]:
-    """Train one network and return its epochs."""
+    """Train one network and return its epochs: one without numbers if the share cannot be met."""
     problem = PROBLEMS[run.problem]
     data = load(problem.data, data_folder(None)).to(torch.device(device))
     recipe = replace(problem.recipe, rate=run.rate, epochs=run.epochs, seed=run.seed)
     torch.manual_seed(run.seed)
     model = problem.build().to(device, memory_format=torch.channels_last)
-    for epoch in methods_of(problem)[run.method](model, run.kept, data, recipe):
+    try:
+        epochs = iter(methods_of(problem)[run.method](model, run.kept, data, recipe))
+        first = next(epochs)
+    except (ValueError, gt.RankError):  # rank one, or what cannot be pruned, takes more
+        nothing = Epoch(run.epochs, 0, math.nan, math.nan, math.nan)
+        yield {"data": data.name, **row(nothing)}
+        return
+    for epoch in chain([first], epochs):
         yield {"data": data.name, **row(epoch)}
 
 

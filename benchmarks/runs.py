@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from filelock import FileLock  # which torch depends on
 from rich.progress import track
 from tables import Row, read, write
 
@@ -17,7 +18,8 @@ def fill(
 ) -> list[Row]:
     """Do the runs that a table does not hold yet, each in a process with one thread.
 
-    The table is on disk, whole, after every run. Rows of runs that are not asked for stay.
+    The table is on disk, whole, after every run. Rows of runs that are not asked for stay, and so
+    do those that another process adds.
 
     Parameters
     ----------
@@ -55,11 +57,17 @@ def fill(
         started = [pool.submit(_rows, work, run) for run in todo]
         for ended in track(as_completed(started), path.stem, len(todo)):
             if ended.exception() is None:
-                rows += ended.result()
-                write(path, rows)
+                _add(path, ended.result())
     for ended in started:
         ended.result()  # raises what ended it
-    return rows
+    return read(path)
+
+
+def _add(path: Path, rows: Sequence[Row]) -> None:
+    """Add rows to a table, which other processes may fill too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(path.name + ".lock")):
+        write(path, [*read(path), *rows])
 
 
 def _rows(work: Callable[[R], Iterable[Mapping[str, Any]]], run: R) -> list[Row]:

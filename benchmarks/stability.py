@@ -6,11 +6,11 @@ Run from the root of the repository, with the extra ``train`` installed::
 
 Every layer has rank 20 (or as much as its shape allows), and keeps it. The ordinary start is
 PyTorch's, truncated; in the decaying one the j-th singular value of every unfolding is about
-``2^-j`` of the first, at the same norm. All methods start from the same function. Plain SGD with
-rate 0.01 and batches of 128, for 20 epochs, as in Figure 2 of the paper (Zangrando et al., NeurIPS
-2024). Written to ``benchmarks/results/stability.csv``, which is filled run by run: a run
-that is in it is not done again. MNIST is downloaded, or read from the folder that
-``GEOTUCKER_DATA_DIR`` names. Half a core-hour for a seed and both starts of three methods.
+``2^-j`` of the first (of a convolution's roughly), at the same norm. All methods start from the
+same function. Plain SGD with rate 0.01 and batches of 128, for 20 epochs, as in Figure 2 of the
+paper (Zangrando et al., NeurIPS 2024). Written to ``benchmarks/results/stability.csv``, which is
+filled run by run: a run that is in it is not done again. MNIST is downloaded, or read from the
+folder that ``GEOTUCKER_DATA_DIR`` names. A run takes six to eight minutes of one core.
 """
 
 from collections.abc import Callable, Iterator
@@ -60,11 +60,14 @@ def network(start: str, seed: int) -> nn.Sequential:
 
 
 def decay(core: nn.Parameter) -> None:
-    """Scale the j-th slice in every mode by 2^-j, and all so that the norm stays."""
-    norm = core.norm()
+    """Let the j-th singular value of every unfolding be about 2^-j of the first, at the same norm.
+
+    The core of a matrix is diagonal, so its two modes have a half each.
+    """
+    norm, base = core.norm(), 0.5 if core.dim() > 2 else 0.5**0.5
     for mode, rank in enumerate(core.shape):
         shape = [rank if i == mode else 1 for i in range(core.dim())]
-        core.mul_(0.5 ** torch.arange(rank).reshape(shape))
+        core.mul_(base ** torch.arange(rank).reshape(shape))
     core.mul_(norm / core.norm())
 
 
