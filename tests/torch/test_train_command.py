@@ -149,6 +149,20 @@ def test_fixed_ranks_stay_and_name_their_layers() -> None:
             assert record["ranks"] == {"fc1": [12, 12], "fc2": [7, 7]}
 
 
+@pytest.mark.parametrize("budget", ["20%", "4000"])
+def test_linear_layers_as_tensors_come_down_to_a_budget(budget: str) -> None:
+    arguments = (*QUICK[:6], "--budget", budget, "--tensorise", "2", "--optimizer", "momentum")
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    dense, *_ = (r["parameters"] for r in metrics("runs/digits-mlp-0") if r["network"] == "dense")
+    asked = 0.2 * dense if budget == "20%" else 4000
+    last = metrics("runs/digits-mlp-0")[-1]
+    assert 0.9 * asked < last["parameters"] <= asked
+    assert len(last["ranks"]["fc1"]) == 4  # two factors on each side
+    result = run(*arguments[:-5], "0.1%", *arguments[-4:], "--out", "new")
+    assert result.exit_code == 2 and "--budget: got 0.1%" in result.stderr
+
+
 def test_reported_weights_are_truncated_though_bases_move_seldom() -> None:
     arguments = (*QUICK[:6], "--ranks", "8", "--basis-every", "4", "--optimizer", "adamw")
     assert run(*arguments).exit_code == 0

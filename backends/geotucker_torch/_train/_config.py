@@ -84,6 +84,7 @@ class Config:
     floor: int = 1
     cap: int | None = None
     basis_every: int | None = None
+    tensorise: int | None = None
     # the recipe, the same for the dense baseline
     optimizer: str | None = None
     lr: float | None = None
@@ -125,6 +126,11 @@ class Config:
             parse_budget(self.budget)
             if self.tolerance is not None:
                 raise OptionError("--budget", self.budget, "no --tolerance beside it")
+        if self.tensorise is not None:
+            _at_least("tensorise", self.tensorise, 2)
+            if self.budget is None or self.ranks:
+                expected = "a --budget and no --ranks beside it: ranks of matrices fit no tensors"
+                raise OptionError("--tensorise", self.tensorise, expected)
         _ = self.plan
 
     @property

@@ -123,7 +123,11 @@ def build_networks(config: Config, data: DataSet) -> list[Network]:
     dense = build(str(config.model), data.channels, data.image_size, data.classes)
     tucker = copy.deepcopy(dense)
     size = parameter_count(dense)
-    factorize(tucker, config.plan.for_model(layer_shapes(dense)), verbose=False)
+    order = Order(len(data.train_labels), int(config.batch_size or 0), config.seed)
+    rule = _rule(config, order.steps, size)
+    ranks = rule if config.tensorise else config.plan.for_model(layer_shapes(dense))
+    with _blaming_the_budget(config):
+        factorize(tucker, ranks, tensorise=config.tensorise, verbose=False)
     if not tucker_layers(tucker):
         raise OptionError("--ranks", "ranks at which no layer shrinks", "smaller ones")
     networks = []
@@ -132,19 +136,21 @@ def build_networks(config: Config, data: DataSet) -> list[Network]:
             continue
         model.to(config.device)
         optimizer: Optimizer | TDLRT = _optimizer(model, config)
-        order = Order(len(data.train_labels), int(config.batch_size or 0), config.seed)
         if name == "tucker":
-            optimizer = _wrapped(optimizer, model, _rule(config, order.steps), config)
-        networks.append(Network(name, size, model, optimizer, _random_state(), order=order))
+            with _blaming_the_budget(config):
+                optimizer = TDLRT(optimizer, model, rule, basis_every=config.basis_every)
+        own = copy.deepcopy(order)
+        networks.append(Network(name, size, model, optimizer, _random_state(), order=own))
     return networks
 
 
-def _wrapped(
-    optimizer: Optimizer, model: nn.Module, rule: RankRule | None, config: Config
-) -> TDLRT:
+@contextmanager
+def _blaming_the_budget(config: Config) -> Iterator[None]:
     try:
-        return TDLRT(optimizer, model, rule, basis_every=config.basis_every)
+        yield
     except RankError as error:
+        if config.budget is None:
+            raise
         raise OptionError("--budget", config.budget, str(error)) from error
 
 
@@ -181,15 +187,20 @@ def _optimizer(model: nn.Module, config: Config) -> Optimizer:
     return SGD(parameters, lr=lr, weight_decay=decay, momentum=momentum)
 
 
-def _rule(config: Config, steps: int) -> RankRule | None:
+def _rule(config: Config, steps: int, size: int) -> RankRule | None:
     """Return the rule that ranks follow, or None for the ranks that the layers start with.
 
-    A budget is reached after half of all steps, so that the other half trains what is left.
+    A budget is reached after half of all steps, so that the other half trains what is left. Layers
+    that are taken as tensors begin at a tenth of the parameters, or at the budget if it is more.
     """
     if config.budget is not None:
         amount = parse_budget(config.budget)
         half = max(1, int(config.epochs or 1) * steps // 2)
-        return Budget(parameters=amount, floor=config.floor, cap=config.cap, steps=half)
+        tenth = 0.1 if isinstance(amount, float) else size // 10
+        start = max(amount, tenth) if config.tensorise else None
+        return Budget(
+            parameters=amount, floor=config.floor, cap=config.cap, steps=half, start=start
+        )
     if config.tolerance is None:
         return None
     return Tolerance(config.tolerance, config.floor, config.cap)

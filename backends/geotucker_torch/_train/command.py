@@ -83,6 +83,14 @@ def train(
             show_default=False,
         ),
     ] = None,
+    tensorise: Annotated[
+        int | None,
+        typer.Option(
+            help="With --budget: take linear layers as tensors, their numbers of inputs and of "
+            "outputs split into so many factors. For a few percent: 2.",
+            show_default=False,
+        ),
+    ] = None,
     optimizer: Annotated[
         str | None,
         typer.Option(
