@@ -39,6 +39,7 @@ from geotucker._moments import zero
 from ._collectives import (
     Group,
     Part,
+    ProcessError,
     all_equal,
     all_objects,
     average,
@@ -108,10 +109,15 @@ def telling(phase: str, model: nn.Module, optimizer: Any = None) -> Iterator[Non
     if peers is None:
         yield
         return
-    before = peers.phase
+    after = peers.phase
     peers.tell(phase)
-    yield
-    peers.tell(before)
+    try:
+        yield
+    except ProcessError:
+        after = phase  # those that find out later ask where this one has waited
+        raise
+    finally:
+        peers.tell(after)
 
 
 def _peers_of(model: nn.Module, optimizer: Any) -> "Iterator[Peers]":

@@ -217,6 +217,13 @@ def test_processes_that_truncate_differently_take_what_the_first_has(results: Re
     assert_alike(results("other_truncation"), workers.train(0, 1, kind="adam"))
 
 
+def test_a_process_is_back_when_a_save_is_refused(results: Results) -> None:
+    between = "the time between steps"
+    first, second = results("refused_save")
+    assert first == (between, "refused", between)
+    assert second == (between, between)  # the first one alone writes
+
+
 def test_a_wrapper_that_was_not_told_is_refused(results: Results) -> None:
     for message in results("not_told"):
         assert "expected DistributedDataParallel to leave 0.0.core, 0.2.core, 0.5.core" in message

@@ -249,6 +249,19 @@ def unused_layers(rank: int, world: int, wrap: bool = True) -> dict[str, Any]:
     return {"state": dict(model.state_dict()), "weight": model.first.dense_weight().detach()}
 
 
+def refused_save(folder: Path, rank: int, world: int) -> tuple[str, ...]:
+    """Return what is told before a save, and after one that is refused."""
+    model = network()
+    optimizer = TDLRT(OPTIMIZERS["sgd"](model), model)
+    optimizer.step()
+    told = [optimizer.peers.phase]
+    try:
+        save_checkpoint(folder / "refused_save", model, optimizer, bad=object())
+    except TypeError:
+        told.append("refused")
+    return (*told, optimizer.peers.phase)
+
+
 def not_told(folder: Path, rank: int, world: int) -> str:
     """Wrap what is around a factorised model, and forget to say so, or remember."""
     messages = []
@@ -592,6 +605,7 @@ SCENARIOS |= {
         other_models,
         other_truncation,
         refused_parts,
+        refused_save,
         resumed,
         saved,
         saved_parts,
