@@ -63,8 +63,8 @@ def save_checkpoint(
     TypeError
         If something cannot be saved.
     OSError
-        If the file cannot be written. In both cases an older file is untouched, and of a model in
-        parts it is so on all processes.
+        If the file cannot be written, or is a folder where a file is expected or the reverse. In
+        both cases an older file is untouched, and of a model in parts it is so on all processes.
     ProcessError
         If the model is in parts, and another process is lost.
 

@@ -47,7 +47,17 @@ class CheckpointError(gt.GeotuckerError, ValueError):
 
 
 def write(path: Path, parts: tuple[Any, ...]) -> None:
-    """Write a file of a model, optimizer, scheduler and extras."""
+    """Write a file of a model, optimizer, scheduler and extras.
+
+    Raises
+    ------
+    TypeError, OSError
+    """
+    if path.is_dir():  # before anything is copied
+        raise IsADirectoryError(
+            f"{path}: expected a file for a model that is whole, got a folder, as a model in parts "
+            "is saved in; save to another path, or remove the folder if it is not needed any more"
+        )
     content, tensors = _pack(*parts)
     about = {"format": FORMAT, "version": gt.__version__, "content": content}
     metadata = {_KEY: json.dumps({"sha256": _digest(about, tensors), **about})}
