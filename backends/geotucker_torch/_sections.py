@@ -66,14 +66,20 @@ def write(path: Path, parts: tuple[Any, ...]) -> None:
 
 def write_together(path: Path, parts: tuple[Any, ...], group: Group) -> None:
     """Write a folder of those that a group's processes have in parts."""
-    from ._folder import write_index, write_tensors  # which load torch.distributed.checkpoint
+    from ._folder import (
+        swept,
+        write_index,
+        write_tensors,
+    )  # which load torch.distributed.checkpoint
 
     with phase("checkpoint", group):
         with together(group, TypeError):
             content, tensors = _pack(*parts)
-        place = write_tensors(path, tensors, group)
-        about = {"format": FORMAT, "version": gt.__version__, "content": content, "tensors": place}
-        write_index(path, {"sha256": _digest(about, {}), **about}, group)
+        with swept(path, group):
+            place = write_tensors(path, tensors, group)
+            about = {"format": FORMAT, "version": gt.__version__, "content": content}
+            about["tensors"] = place
+            write_index(path, {"sha256": _digest(about, {}), **about}, group)
 
 
 def read(

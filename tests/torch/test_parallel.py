@@ -127,6 +127,16 @@ def test_a_folder_holds_one_checkpoint(folder: Path) -> None:
     assert len(names) == 2 and names[0] == "checkpoint.json"
 
 
+def test_failed_saves_leave_the_last_checkpoint_and_nothing_else(results: Results) -> None:
+    for found in results("failed_parts"):
+        assert isinstance(found, list), found
+        (parts, *first), (index, *second), third, fourth = found
+        assert "process 1" in parts and "disk full" in parts and first == [0, 1]
+        assert "disk full" in index and second == [0, 1]
+        assert third == ("saved", 3, 2)  # the old tensors could not be removed
+        assert fourth == ("saved", 4, 1)
+
+
 REFUSED = {
     "absent": r"FileNotFoundError .*nowhere",
     "absent on one": r"nowhere",

@@ -481,6 +481,47 @@ def refused_parts(folder: Path, rank: int, world: int) -> dict[str, Any]:
     return messages
 
 
+def failed_parts(folder: Path, rank: int, world: int) -> list[Any]:
+    """Save where the disk is full, for parts or for the index, or what is old cannot be removed."""
+    path, (model, optimizer) = folder / "failed parts", trained_parts(PARTS["rule"])
+    save_checkpoint(path, model, optimizer, step=0)
+    found = []
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError("disk full")
+
+    for holder, name in (
+        (FileSystemWriter, "write_data"),  # after a process has written its parts
+        (os, "replace"),
+        (shutil, "rmtree"),
+        (None, ""),
+    ):
+        call = getattr(holder, name, None)
+
+        def fails(*arguments: Any, name: str = name, call: Any = call, **options: Any) -> Any:
+            if name == "write_data" and rank == 0:
+                return call(*arguments, **options)
+            if name == "rmtree" and options.get("ignore_errors"):
+                return None
+            return fail()
+
+        if holder is not None:
+            setattr(holder, name, fails)
+        try:
+            save_checkpoint(path, model, optimizer, step=len(found) + 1)
+            outcome = "saved"
+        except OSError as error:
+            outcome = str(error)
+        finally:
+            if holder is not None:
+                setattr(holder, name, call)
+        dist.barrier()
+        step = load_checkpoint(path)["step"]
+        found.append((outcome, step, len(list(path.glob("tensors-*")))))
+        dist.barrier()
+    return found
+
+
 # A process is killed.
 
 
@@ -597,6 +638,7 @@ SCENARIOS |= {
     for f in (
         broken_input,
         broken_part,
+        failed_parts,
         killed_with_the_store,
         late,
         means,
