@@ -179,7 +179,7 @@ def _as_one(group: Group | None) -> Iterator[None]:
     if group is None:
         yield
         return
-    with phase("checkpoint", group), together(group, CheckpointError):
+    with phase("checkpoint"), together(group, CheckpointError):
         yield
 
 

@@ -2,9 +2,9 @@
 
 Inside are ``checkpoint.json``, the index, and a folder that it names, with the tensors as
 ``torch.distributed.checkpoint`` writes them: of what is in parts each process its own. The index
-is replaced last, in one step, and what it does not name is removed before and afterwards, also of
-a save that fails: whenever processes are killed it names tensors that are whole, the old ones or the
-new. It has the checksums of their files, which processes compute and compare between them.
+is replaced last, in one step, and what it does not name is removed before and afterwards, also if
+a save fails: whenever processes are killed it names tensors that are whole, the old or the new. It
+has the checksums of their files, which processes compute and compare between them.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from ._collectives import Group, all_objects, object_of_first, together
+from ._collectives import Group, all_objects, exchange, object_of_first, together
 from ._files import _sync_folder, write_atomically
 from ._parts import is_sharded
 
@@ -117,7 +117,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], group: Group) -> di
     own = tensors if first else {key: t for key, t in tensors.items() if is_sharded(t)}
     with together(group, OSError):
         try:
-            save(dict(own), storage_writer=FileSystemWriter(path / name), process_group=group)
+            with exchange(group):  # what is not becomes a CheckpointException
+                save(dict(own), storage_writer=FileSystemWriter(path / name), process_group=group)
         except CheckpointException as error:  # on all of them alike
             reasons = [
                 f"process {process}: {type(cause).__name__}: {cause}"

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._collectives import Group, exchange
+
 __all__ = ["empty_parts", "is_sharded", "largest_entry", "parts_of"]
 
 
@@ -34,11 +36,16 @@ def empty_parts(whole: Tensor, like: Any) -> Tensor:
     return empty(*whole.shape, dtype=whole.dtype, device_mesh=mesh, placements=placements)
 
 
-def largest_entry(tensor: Any) -> Tensor:
-    """Return the largest magnitude in all parts of a tensor, infinity if one is NaN."""
+def largest_entry(tensor: Any, group: Group) -> Tensor:
+    """Return the largest magnitude in all parts of a tensor, infinity if one is NaN.
+
+    A ProcessError says where those of a group were, should one of them be lost.
+    """
     from torch.distributed.tensor import DTensor, Partial
 
     mesh, part = tensor.device_mesh, tensor.to_local()  # which is empty where rows are few
     own = torch.linalg.vector_norm(part, math.inf) if part.numel() else part.new_zeros(())
     own = own.nan_to_num(math.inf, math.inf)  # the maximum of numbers and NaN may be a number
-    return DTensor.from_local(own, mesh, [Partial("max")] * mesh.ndim).full_tensor()
+    parts = DTensor.from_local(own, mesh, [Partial("max")] * mesh.ndim)
+    with exchange(group):
+        return parts.full_tensor()

@@ -160,7 +160,7 @@ class Peers:
         self._whereabouts = Whereabouts(group)
         self.steps = 0  # that have been taken, kept by the optimizer
         self.tell("start")
-        with phase("start", group), torch.no_grad():
+        with phase("start"), torch.no_grad():
             self._start(model)
         for slot in slots:
             for layer in slot.layers:
@@ -299,7 +299,7 @@ class Peers:
         if not parts:
             return []
         self.tell("synchronisation")
-        with phase("synchronisation", self._group):
+        with phase("synchronisation"):
             return average(parts, self._group)
 
     @property
@@ -332,7 +332,7 @@ class Peers:
         """
         points = [slot.point for slot in self._slots]
         arrays = [array for point in points for array in (point.core, *point.factors)]
-        with phase("truncation", self._group):
+        with phase("truncation"):
             if all_equal(fingerprint(arrays), self._group, arrays[0].device):
                 return
             own = [(point, state.get(s.core)) for s, point in zip(self._slots, points, strict=True)]

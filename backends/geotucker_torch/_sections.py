@@ -72,7 +72,7 @@ def write_together(path: Path, parts: tuple[Any, ...], group: Group) -> None:
         write_tensors,
     )  # which load torch.distributed.checkpoint
 
-    with phase("checkpoint", group):
+    with phase("checkpoint"):
         with together(group, TypeError):
             content, tensors = _pack(*parts)
         with swept(path, group):

@@ -572,7 +572,7 @@ def test_a_write_that_fails_leaves_the_old_file(
 def test_a_whole_model_is_not_saved_to_a_folder(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "checkpoint.json").touch()
-    with pytest.raises(IsADirectoryError, match="folder: expected a file .* save to another path"):
+    with pytest.raises(IsADirectoryError, match=r"folder: expected a file .* save to another path"):
         save_checkpoint(tmp_path / "folder", nn.Linear(2, 1))
     assert [entry.name for entry in tmp_path.rglob("*")] == ["folder", "checkpoint.json"]
 

@@ -23,12 +23,13 @@ from torch import nn
 from geotucker_torch import (
     TDLRT,
     CheckpointError,
+    ProcessError,
     _whereabouts,
     distribute,
     factorize,
     load_checkpoint,
 )
-from geotucker_torch._collectives import fingerprint
+from geotucker_torch._collectives import exchange, fingerprint, phase
 from geotucker_torch._sections import _digest
 
 from . import workers
@@ -234,6 +235,31 @@ def test_a_process_is_back_when_a_save_is_refused(results: Results) -> None:
     assert second == (between, between)  # the first one alone writes
 
 
+def test_errors_of_one_s_own_are_no_lost_processes(results: Results) -> None:
+    own = "RuntimeError its own"
+    assert results("own_errors") == [
+        [own, "TypeError process 1 of 2 failed (RuntimeError: its own)"],
+        [own, own],
+    ]
+
+
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, torch.linalg.LinAlgError, ValueError])
+def test_errors_of_other_kinds_pass_through_an_exchange(kind: type[Exception]) -> None:
+    with pytest.raises(kind, match=r"^its own$"), exchange(None):
+        raise kind("its own")
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, dist.DistBackendError, dist.DistNetworkError])
+def test_an_exchange_that_fails_has_lost_the_others(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dist, "get_rank", lambda group: 2)
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 3)
+    message = r"^step: process 2 of 3 has lost the others\. .* Here: closed by peer$"
+    with pytest.raises(ProcessError, match=message), phase("step"), exchange(None):
+        raise kind("closed by peer")
+
+
 def test_a_wrapper_that_was_not_told_is_refused(results: Results) -> None:
     for message in results("not_told"):
         assert "expected DistributedDataParallel to leave 0.0.core, 0.2.core, 0.5.core" in message
@@ -368,9 +394,9 @@ def heard(monkeypatch: pytest.MonkeyPatch, told: dict[int, str], seconds: float 
     store.seconds = seconds
     monkeypatch.setattr(_whereabouts, "_store_of", lambda group: store)
     monkeypatch.setattr(dist, "get_world_size", lambda group: 20)
-    for process, phase in told.items():
+    for process, where in told.items():
         monkeypatch.setattr(dist, "get_rank", lambda group, process=process: process)
-        _whereabouts.Whereabouts(None).tell(phase, 7)
+        _whereabouts.Whereabouts(None).tell(where, 7)
     monkeypatch.setattr(dist, "get_rank", lambda group: 0)
     return _whereabouts.last_heard(None)
 

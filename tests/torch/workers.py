@@ -262,6 +262,33 @@ def refused_save(folder: Path, rank: int, world: int) -> tuple[str, ...]:
     return (*told, optimizer.peers.phase)
 
 
+def own_errors(folder: Path, rank: int, world: int) -> list[str]:
+    """Meet errors of one's own in a step, and in a save of parts on one of the processes."""
+
+    class Scheduler:
+        def state_dict(self) -> dict[str, int]:
+            if rank == 1:
+                raise RuntimeError("its own")
+            return {}
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("its own")
+
+    model, optimizer = trained_parts(PARTS["rule"])
+    norm, torch.linalg.vector_norm = torch.linalg.vector_norm, broken
+    messages = []
+    for call in (
+        optimizer.step,
+        partial(save_checkpoint, folder / "own errors", model, optimizer, Scheduler()),
+    ):
+        try:
+            call()
+        except (RuntimeError, TypeError) as error:
+            messages.append(f"{type(error).__name__} {error}")
+        torch.linalg.vector_norm = norm
+    return messages
+
+
 def not_told(folder: Path, rank: int, world: int) -> str:
     """Wrap what is around a factorised model, and forget to say so, or remember."""
     messages = []
@@ -646,6 +673,7 @@ SCENARIOS |= {
         other_groups,
         other_models,
         other_truncation,
+        own_errors,
         refused_parts,
         refused_save,
         resumed,
