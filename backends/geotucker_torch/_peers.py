@@ -97,9 +97,9 @@ def is_first(model: nn.Module, optimizer: Any = None) -> bool:
 
 
 def group_that_trains(model: nn.Module, optimizer: Any = None) -> Group | None:
-    """Return the group of the processes that train the model: all of them, if nothing is said."""
+    """Return the group of the processes that train the model, None if nothing is said of them."""
     peers = next(_peers_of(model, optimizer), None)
-    return group_of() if peers is None else peers.group
+    return None if peers is None else peers.group
 
 
 @contextmanager

@@ -138,6 +138,33 @@ def test_failed_saves_leave_the_last_checkpoint_and_nothing_else(results: Result
         assert fourth == ("saved", 4, 1)
 
 
+def test_models_in_parts_on_some_processes_are_saved_by_these(results: Results) -> None:
+    for rank, found in enumerate(results("own_parts")):
+        assert isinstance(found, dict), found
+        assert found["joint"] == ({"who": 0}, True)
+        own = ["each", "each alone", *(["first"] if rank == 0 else [])]
+        assert all(found[name] == ({"who": rank}, True) for name in own)
+        assert found["folders"] == own
+        assert found["refused"] == ["joint"]
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("trained by all", r"parts on processes \[0, 1\], on which TDLRT .* got them on \[{}\]"),
+        ("trained by one", r"parts on processes \[{}\], on which TDLRT .* got them on \[0, 1\]"),
+        ("unknown", r"a mesh of one dimension, got them on processes \[{}\] and a mesh of more"),
+    ],
+)
+def test_models_in_parts_on_other_processes_are_refused(
+    case: str, message: str, results: Results
+) -> None:
+    for rank, found in enumerate(results("own_parts")):
+        saving, loading_alike = found[case]
+        assert re.search(message.format(rank), saving)
+        assert loading_alike
+
+
 REFUSED = {
     "absent": r"FileNotFoundError .*nowhere",
     "absent on one": r"nowhere",

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -140,13 +140,12 @@ def train(
     }
 
 
-def shard_dense_parts(model: nn.Module) -> None:
+def shard_dense_parts(model: nn.Module, mesh: DeviceMesh | None = None) -> None:
     """Leave on each process a part of every dense tensor, and the Tucker tensors as they are."""
+    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
     tucker = {p for m in model.modules() if isinstance(m, TuckerModule) for p in m.parameters()}
     tucker -= {m.bias for m in model.modules() if isinstance(m, TuckerModule)}
-    fully_shard(
-        model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)), ignored_params=tucker
-    )
+    fully_shard(model, mesh=mesh, ignored_params=tucker)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -549,6 +548,50 @@ def failed_parts(folder: Path, rank: int, world: int) -> list[Any]:
     return found
 
 
+def own_parts(folder: Path, rank: int, world: int) -> dict[str, Any]:
+    """Save and load models in parts on some of the processes, which train on those or on others."""
+    shape = torch.arange(world).reshape(world, 1, 1)
+    apart = DeviceMesh("cpu", shape, mesh_dim_names=("trainings", "copies", "parts"))
+    alone = [dist.new_group([process]) for process in range(world)][rank]
+    joint = init_device_mesh("cpu", (1, world), mesh_dim_names=("copies", "parts"))
+    found: dict[str, Any] = {}
+
+    def attempt(name: str, mesh: DeviceMesh, group: Any = None, path: Path = folder) -> None:
+        model = network(rank if mesh.size() == 1 else 0)
+        shard_dense_parts(model, mesh)
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        if group is not None:
+            optimizer = TDLRT(optimizer, model, process_group=group)
+        try:
+            save_checkpoint(path / name, model, optimizer, who=rank)
+            saved = [whole(t).clone() for t in model.state_dict().values()]
+            nn.init.zeros_(model[7].weight)
+            extra = load_checkpoint(path / name, model, optimizer)
+            loaded = [whole(t) for t in model.state_dict().values()]
+            found[name] = extra, all(map(torch.equal, saved, loaded))
+        except ValueError as error:
+            found[name] = str(error)
+            try:
+                load_checkpoint(path / "joint", model, optimizer)
+            except ValueError as error:
+                found[name] = found[name], str(error) == found[name]
+
+    own = folder / f"own {rank}"
+    own.mkdir()
+    attempt("joint", joint)
+    attempt("each", apart["parts"], path=own)
+    attempt("each alone", apart["parts"], alone, path=own)
+    if rank == 0:  # nobody waits for others
+        attempt("first", apart["parts"], path=own)
+    attempt("trained by all", apart["parts"], dist.group.WORLD)
+    attempt("trained by one", joint, alone)
+    attempt("unknown", apart["copies", "parts"])
+    dist.barrier()
+    found["folders"] = sorted(path.name for path in own.iterdir())
+    found["refused"] = [name for name in found if (folder / name).exists()]
+    return found
+
+
 # A process is killed.
 
 
@@ -674,6 +717,7 @@ SCENARIOS |= {
         other_models,
         other_truncation,
         own_errors,
+        own_parts,
         refused_parts,
         refused_save,
         resumed,
