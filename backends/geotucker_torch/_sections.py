@@ -66,11 +66,8 @@ def write(path: Path, parts: tuple[Any, ...]) -> None:
 
 def write_together(path: Path, parts: tuple[Any, ...], group: Group) -> None:
     """Write a folder of those that a group's processes have in parts."""
-    from ._folder import (
-        swept,
-        write_index,
-        write_tensors,
-    )  # which load torch.distributed.checkpoint
+    # Here, since they load torch.distributed.checkpoint.
+    from ._folder import swept, write_index, write_tensors
 
     with phase("checkpoint"):
         with together(group, TypeError):

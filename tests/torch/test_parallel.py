@@ -24,6 +24,7 @@ from geotucker_torch import (
     TDLRT,
     CheckpointError,
     ProcessError,
+    _folder,
     _whereabouts,
     distribute,
     factorize,
@@ -163,6 +164,23 @@ def test_models_in_parts_on_other_processes_are_refused(
         saving, loading_alike = found[case]
         assert re.search(message.format(rank), saving)
         assert loading_alike
+
+
+@pytest.mark.parametrize(
+    ("index", "kept"),
+    [(None, ""), (json.dumps({"tensors": {"folder": "tensors-" + "a" * 32}}), "a"), ("{", "ab")],
+)
+def test_tensors_that_an_index_may_name_are_kept(
+    index: str | None, kept: str, tmp_path: Path
+) -> None:
+    (tmp_path / "tensors-of-others").mkdir()
+    for letter in "ab":
+        (tmp_path / f"tensors-{letter * 32}").mkdir()
+    if index is not None:
+        (tmp_path / "checkpoint.json").write_text(index)
+    _folder._sweep(tmp_path)
+    left = sorted(entry.name for entry in tmp_path.glob("tensors-*"))
+    assert left == [*(f"tensors-{letter * 32}" for letter in kept), "tensors-of-others"]
 
 
 REFUSED = {
