@@ -16,7 +16,7 @@ import geotucker as gt
 from ._collectives import Group, phase, together
 from ._guard import untouched_if_loading_fails
 from ._modules import check_model
-from ._parts import is_sharded
+from ._parts import group_of_parts, is_sharded
 from ._peers import group_that_trains, is_first, telling
 from ._sections import CheckpointError, read, write, write_together
 from ._weights import load_weights
@@ -39,7 +39,8 @@ def save_checkpoint(
     writes, and the others return at once: call it on all of them, or on the first only.
 
     A model in parts on several processes (FSDP2) becomes a folder, in which each process writes its
-    parts by ``torch.distributed.checkpoint``: call it on all of them. It is replaced as a file is.
+    parts by ``torch.distributed.checkpoint``: call it on all that have parts, which need not be all
+    there are. It is replaced as a file is.
 
     Parameters
     ----------
@@ -63,8 +64,11 @@ def save_checkpoint(
     TypeError
         If something cannot be saved.
     OSError
-        If the file cannot be written. In both cases an older file is untouched, and of a model in
-        parts it is so on all processes.
+        If the file cannot be written, or is a folder where a file is expected or the reverse. In
+        both cases an older file is untouched, and of a model in parts it is so on all processes.
+    ValueError
+        If the model is in parts on other processes than `TDLRT` trains it on, or the optimizer is
+        another and they are neither all processes nor on a mesh of one dimension.
     ProcessError
         If the model is in parts, and another process is lost.
 
@@ -112,7 +116,7 @@ def load_checkpoint(
     model : nn.Module, optional
         Of the architecture that was saved, at any ranks, on any device. Without it nothing is
         loaded, and the extras returned: settings, say, to build the model from. If it is in parts
-        on several processes, call this on all of them.
+        on several processes, call this on all that have parts.
     optimizer, scheduler : optional
         Of the kinds that were saved. Without them their state is left in the file.
 
@@ -128,6 +132,8 @@ def load_checkpoint(
         model nor optimizer nor scheduler. Of a model in parts that is so on all processes.
     OSError
         If there is no such file, or it cannot be read.
+    ValueError
+        If the model is in parts on other processes: see `save_checkpoint`.
     ProcessError
         If the model is in parts, and another process is lost.
 
@@ -168,9 +174,8 @@ def load_checkpoint(
 
 def _group_of_parts(model: nn.Module, optimizer: Any) -> Group | None:
     """Return the processes that have the parts of a model, None if it is whole."""
-    if any(map(is_sharded, model.state_dict().values())):
-        return group_that_trains(model, optimizer)
-    return None
+    parts = [tensor for tensor in model.state_dict().values() if is_sharded(tensor)]
+    return group_of_parts(parts, group_that_trains(model, optimizer)) if parts else None
 
 
 @contextmanager
@@ -179,7 +184,7 @@ def _as_one(group: Group | None) -> Iterator[None]:
     if group is None:
         yield
         return
-    with phase("checkpoint", group), together(group, CheckpointError):
+    with phase("checkpoint"), together(group, CheckpointError):
         yield
 
 

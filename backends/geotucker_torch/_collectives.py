@@ -18,6 +18,7 @@ __all__ = [
     "all_equal",
     "all_objects",
     "average",
+    "exchange",
     "fingerprint",
     "object_of_first",
     "phase",
@@ -51,8 +52,12 @@ class Part(NamedTuple):
 
 
 @contextmanager
-def phase(name: str, group: Group) -> Iterator[None]:
-    """Turn what torch.distributed raises when a process is lost into an error that says when.
+def exchange(group: Group) -> Iterator[None]:
+    """Turn what torch.distributed raises when a process is lost into an error that says so.
+
+    Only what processes say to one another belongs into the block: of plain RuntimeErrors, which
+    gloo raises, nobody could tell otherwise whose they are. Those of subclasses that are not
+    torch.distributed's, as for memory, pass.
 
     Raises
     ------
@@ -60,14 +65,24 @@ def phase(name: str, group: Group) -> Iterator[None]:
     """
     try:
         yield
-    except gt.GeotuckerError:
-        raise
-    except RuntimeError as error:  # the base of all that torch.distributed raises then
+    except RuntimeError as error:
+        if type(error) is not RuntimeError and not isinstance(error, dist.DistError):
+            raise
         raise ProcessError(
-            f"{name}: process {dist.get_rank(group)} of {dist.get_world_size(group)} has lost the "
+            f"process {dist.get_rank(group)} of {dist.get_world_size(group)} has lost the "
             "others. One was killed or has raised, or was later than the timeout of the process "
             f"group allows; see what it says itself. {last_heard(group)} Here: {error}"
         ) from error
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Have a ProcessError say in which phase of the training it was raised."""
+    try:
+        yield
+    except ProcessError as error:
+        error.args = (f"{name}: {error}",)
+        raise
 
 
 @contextmanager
@@ -125,7 +140,8 @@ def average(parts: Sequence[Part], group: Group) -> list[list[Tensor] | None]:
     for members in kinds.values():
         flat = torch.cat([pieces[i].reshape(-1) for i in members])
         flat /= dist.get_world_size(group)  # before the sum, which might overflow
-        dist.all_reduce(flat, group=group)
+        with exchange(group):
+            dist.all_reduce(flat, group=group)
         for i, mean in zip(members, flat.split([pieces[i].numel() for i in members]), strict=True):
             pieces[i] = mean.view(pieces[i].shape)
     means = iter(pieces)
@@ -139,7 +155,8 @@ def average(parts: Sequence[Part], group: Group) -> list[list[Tensor] | None]:
 def all_equal(number: int, group: Group, device: torch.device) -> bool:
     """Tell whether all processes have the same integer of 62 bits; all get the same answer."""
     extremes = torch.tensor([number, -number], dtype=torch.int64, device=device)
-    dist.all_reduce(extremes, dist.ReduceOp.MAX, group)
+    with exchange(group):
+        dist.all_reduce(extremes, dist.ReduceOp.MAX, group)
     largest, smallest = extremes.tolist()
     return bool(largest == -smallest)
 
@@ -178,12 +195,14 @@ def _numbers(scalars: Sequence[Tensor]) -> list[Any]:
 def object_of_first(value: Any, group: Group) -> Any:
     """Return the value that the first process of the group has; others may pass anything."""
     box = [value]
-    dist.broadcast_object_list(box, dist.get_global_rank(group, 0), group)
+    with exchange(group):
+        dist.broadcast_object_list(box, dist.get_global_rank(group, 0), group)
     return box[0]
 
 
 def all_objects(value: Any, group: Group) -> list[Any]:
     """Return the values of all processes, in their order."""
     values: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group)
+    with exchange(group):
+        dist.all_gather_object(values, value, group)
     return values

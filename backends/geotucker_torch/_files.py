@@ -1,6 +1,7 @@
 """Files that are either whole or not there, at whatever moment the process ends."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 __all__ = ["write_atomically"]
@@ -11,7 +12,8 @@ def write_atomically(path: Path, data: bytes) -> None:
 
     The data goes to a hidden file beside the target, down to the disk, and then takes the
     target's name: a reader sees the old content or the new, and a killed process leaves at
-    most the hidden file, which the next write overwrites. A link stays a link.
+    most the hidden file, which the next write overwrites. A write that fails leaves none. A link
+    stays a link.
 
     Parameters
     ----------
@@ -35,11 +37,16 @@ def write_atomically(path: Path, data: bytes) -> None:
     """
     path = path.resolve()
     partial = path.with_name(f".{path.name}.part")
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink()
+        raise
     _sync_folder(path.parent)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 import geotucker as gt
 from geotucker import _ops
 
+from ._collectives import Group
 from ._parts import is_sharded, largest_entry
 
 __all__ = ["Largest", "check_finite", "largest_of"]
@@ -25,18 +26,19 @@ class Largest(NamedTuple):
     magnitude: Tensor
 
 
-def largest_of(named: Iterable[tuple[str, Tensor]]) -> list[Largest]:
+def largest_of(named: Iterable[tuple[str, Tensor]], group: Group | None = None) -> list[Largest]:
     """Return the largest magnitudes of tensors, dense or sparse; nothing is asked of the device.
 
-    For tensors in parts processes exchange them.
+    For tensors in parts the processes of a group exchange them.
     """
     found = []
     for name, tensor in named:
         values = tensor.detach().coalesce().values() if tensor.is_sparse else tensor.detach()
         if values.numel():
-            whole = not is_sharded(values)
-            norm = torch.linalg.vector_norm(values, math.inf) if whole else largest_entry(values)
-            found.append(Largest(name, norm))
+            if is_sharded(values):
+                found.append(Largest(name, largest_entry(values, group)))
+            else:
+                found.append(Largest(name, torch.linalg.vector_norm(values, math.inf)))
     return found
 
 

@@ -2,9 +2,9 @@
 
 Inside are ``checkpoint.json``, the index, and a folder that it names, with the tensors as
 ``torch.distributed.checkpoint`` writes them: of what is in parts each process its own. The index
-is replaced last, in one step, and what it does not name is removed afterwards: whenever processes
-are killed it names tensors that are whole, the old ones or the new. It has the checksums of their
-files, which processes compute and compare between them.
+is replaced last, in one step, and what it does not name is removed before and afterwards, also if
+a save fails: whenever processes are killed it names tensors that are whole, the old or the new. It
+has the checksums of their files, which processes compute and compare between them.
 """
 
 import hashlib
@@ -14,7 +14,8 @@ import pickle
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,11 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from ._collectives import Group, all_objects, object_of_first, together
+from ._collectives import Group, all_objects, exchange, object_of_first, together
 from ._files import _sync_folder, write_atomically
 from ._parts import is_sharded
 
-__all__ = ["open_tensors", "read_index", "read_tensors", "write_index", "write_tensors"]
+__all__ = ["open_tensors", "read_index", "read_tensors", "swept", "write_index", "write_tensors"]
 
 _INDEX = "checkpoint.json"
 _PREFIX = "tensors-"
@@ -55,6 +56,34 @@ _METADATA = {
     }.items()
     for name in names
 } | {("torch", "Size"), ("torch.serialization", "_get_layout")}
+
+
+@contextmanager
+def swept(path: Path, group: Group) -> Iterator[None]:
+    """Leave in a folder no tensors but those that its index names, before a block and after it.
+
+    What cannot be removed stays until the next save, and is no error.
+    """
+    first = dist.get_rank(group) == 0
+    try:
+        if first:
+            _sweep(path)
+        yield
+    finally:
+        if first:
+            _sweep(path)
+
+
+def _sweep(path: Path) -> None:
+    try:
+        named = read_index(path)["tensors"]["folder"]
+    except FileNotFoundError:
+        named = None
+    except (OSError, LookupError, TypeError, ValueError):  # it may have named any of them
+        return
+    for other in path.glob(f"{_PREFIX}*"):
+        if _OURS.fullmatch(other.name) and other.name != named:
+            shutil.rmtree(other, ignore_errors=True)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], group: Group) -> dict[str, Any]:
@@ -88,7 +117,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], group: Group) -> di
     own = tensors if first else {key: t for key, t in tensors.items() if is_sharded(t)}
     with together(group, OSError):
         try:
-            save(dict(own), storage_writer=FileSystemWriter(path / name), process_group=group)
+            with exchange(group):  # what is not becomes a CheckpointException
+                save(dict(own), storage_writer=FileSystemWriter(path / name), process_group=group)
         except CheckpointException as error:  # on all of them alike
             reasons = [
                 f"process {process}: {type(cause).__name__}: {cause}"
@@ -105,7 +135,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], group: Group) -> di
 
 
 def write_index(path: Path, about: Mapping[str, Any], group: Group) -> None:
-    """Replace the index of a folder by what the first process says, and remove other tensors.
+    """Replace the index of a folder by what the first process says.
 
     Raises
     ------
@@ -117,9 +147,6 @@ def write_index(path: Path, about: Mapping[str, Any], group: Group) -> None:
             name = about["tensors"]["folder"]
             _sync_folder(path / name)
             write_atomically(path / _INDEX, json.dumps(about).encode())
-            for other in path.iterdir():
-                if _OURS.fullmatch(other.name) and other.name != name:
-                    shutil.rmtree(other)
 
 
 def read_index(path: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import time
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -377,7 +377,7 @@ class TDLRT(Optimizer):
             if closure is not None:
                 loss, right = self._evaluate(torch.enable_grad()(closure), foreign)
             self._tell("step")
-            with nullcontext() if self.peers is None else phase("step", self.peers.group):
+            with phase("step"):
                 largest = self._largest_gradients()  # which asks for those of tensors in parts
             right |= self._settle(slots)
             before = [slot.core.detach().clone() for slot in slots]
@@ -570,7 +570,8 @@ class TDLRT(Optimizer):
             parameters[slot.core] = f"the gradient of {slot.name}.core"
             for mode, factor in enumerate(slot.factors):
                 parameters[factor] = f"the gradient of {slot.name}.factors.{mode}"
-        return largest_of((name, p.grad) for p, name in parameters.items() if p.grad is not None)
+        gradients = [(name, p.grad) for p, name in parameters.items() if p.grad is not None]
+        return largest_of(gradients, None if self.peers is None else self.peers.group)
 
 
 def _disarm(layers: list[TuckerModule], waiting: Waiting, peers: Peers | None) -> None:

@@ -39,6 +39,7 @@ from geotucker._moments import zero
 from ._collectives import (
     Group,
     Part,
+    ProcessError,
     all_equal,
     all_objects,
     average,
@@ -96,9 +97,9 @@ def is_first(model: nn.Module, optimizer: Any = None) -> bool:
 
 
 def group_that_trains(model: nn.Module, optimizer: Any = None) -> Group | None:
-    """Return the group of the processes that train the model: all of them, if nothing is said."""
+    """Return the group of the processes that train the model, None if nothing is said of them."""
     peers = next(_peers_of(model, optimizer), None)
-    return group_of() if peers is None else peers.group
+    return None if peers is None else peers.group
 
 
 @contextmanager
@@ -108,10 +109,15 @@ def telling(phase: str, model: nn.Module, optimizer: Any = None) -> Iterator[Non
     if peers is None:
         yield
         return
-    before = peers.phase
+    after = peers.phase
     peers.tell(phase)
-    yield
-    peers.tell(before)
+    try:
+        yield
+    except ProcessError:
+        after = phase  # those that find out later ask where this one has waited
+        raise
+    finally:
+        peers.tell(after)
 
 
 def _peers_of(model: nn.Module, optimizer: Any) -> "Iterator[Peers]":
@@ -154,7 +160,7 @@ class Peers:
         self._whereabouts = Whereabouts(group)
         self.steps = 0  # that have been taken, kept by the optimizer
         self.tell("start")
-        with phase("start", group), torch.no_grad():
+        with phase("start"), torch.no_grad():
             self._start(model)
         for slot in slots:
             for layer in slot.layers:
@@ -293,7 +299,7 @@ class Peers:
         if not parts:
             return []
         self.tell("synchronisation")
-        with phase("synchronisation", self._group):
+        with phase("synchronisation"):
             return average(parts, self._group)
 
     @property
@@ -326,7 +332,7 @@ class Peers:
         """
         points = [slot.point for slot in self._slots]
         arrays = [array for point in points for array in (point.core, *point.factors)]
-        with phase("truncation", self._group):
+        with phase("truncation"):
             if all_equal(fingerprint(arrays), self._group, arrays[0].device):
                 return
             own = [(point, state.get(s.core)) for s, point in zip(self._slots, points, strict=True)]

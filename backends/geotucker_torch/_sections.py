@@ -47,7 +47,17 @@ class CheckpointError(gt.GeotuckerError, ValueError):
 
 
 def write(path: Path, parts: tuple[Any, ...]) -> None:
-    """Write a file of a model, optimizer, scheduler and extras."""
+    """Write a file of a model, optimizer, scheduler and extras.
+
+    Raises
+    ------
+    TypeError, OSError
+    """
+    if path.is_dir():  # before anything is copied
+        raise IsADirectoryError(
+            f"{path}: expected a file for a model that is whole, got a folder, as a model in parts "
+            "is saved in; save to another path, or remove the folder if it is not needed any more"
+        )
     content, tensors = _pack(*parts)
     about = {"format": FORMAT, "version": gt.__version__, "content": content}
     metadata = {_KEY: json.dumps({"sha256": _digest(about, tensors), **about})}
@@ -56,14 +66,17 @@ def write(path: Path, parts: tuple[Any, ...]) -> None:
 
 def write_together(path: Path, parts: tuple[Any, ...], group: Group) -> None:
     """Write a folder of those that a group's processes have in parts."""
-    from ._folder import write_index, write_tensors  # which load torch.distributed.checkpoint
+    # Here, since they load torch.distributed.checkpoint.
+    from ._folder import swept, write_index, write_tensors
 
-    with phase("checkpoint", group):
+    with phase("checkpoint"):
         with together(group, TypeError):
             content, tensors = _pack(*parts)
-        place = write_tensors(path, tensors, group)
-        about = {"format": FORMAT, "version": gt.__version__, "content": content, "tensors": place}
-        write_index(path, {"sha256": _digest(about, {}), **about}, group)
+        with swept(path, group):
+            place = write_tensors(path, tensors, group)
+            about = {"format": FORMAT, "version": gt.__version__, "content": content}
+            about["tensors"] = place
+            write_index(path, {"sha256": _digest(about, {}), **about}, group)
 
 
 def read(

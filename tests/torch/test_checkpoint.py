@@ -563,9 +563,18 @@ def test_a_write_that_fails_leaves_the_old_file(
         with pytest.raises(OSError, match="disk full"):
             _files.write_atomically(path, b"new content")
     assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
     _files.write_atomically(path, b"new")
     assert path.read_bytes() == b"new"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_whole_model_is_not_saved_to_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "checkpoint.json").touch()
+    with pytest.raises(IsADirectoryError, match=r"folder: expected a file .* save to another path"):
+        save_checkpoint(tmp_path / "folder", nn.Linear(2, 1))
+    assert [entry.name for entry in tmp_path.rglob("*")] == ["folder", "checkpoint.json"]
 
 
 def test_a_link_to_a_checkpoint_stays_a_link(tmp_path: Path) -> None:

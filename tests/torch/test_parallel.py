@@ -23,12 +23,14 @@ from torch import nn
 from geotucker_torch import (
     TDLRT,
     CheckpointError,
+    ProcessError,
+    _folder,
     _whereabouts,
     distribute,
     factorize,
     load_checkpoint,
 )
-from geotucker_torch._collectives import fingerprint
+from geotucker_torch._collectives import exchange, fingerprint, phase
 from geotucker_torch._sections import _digest
 
 from . import workers
@@ -127,6 +129,60 @@ def test_a_folder_holds_one_checkpoint(folder: Path) -> None:
     assert len(names) == 2 and names[0] == "checkpoint.json"
 
 
+def test_failed_saves_leave_the_last_checkpoint_and_nothing_else(results: Results) -> None:
+    for found in results("failed_parts"):
+        assert isinstance(found, list), found
+        (parts, *first), (index, *second), third, fourth = found
+        assert "process 1" in parts and "disk full" in parts and first == [0, 1]
+        assert "disk full" in index and second == [0, 1]
+        assert third == ("saved", 3, 2)  # the old tensors could not be removed
+        assert fourth == ("saved", 4, 1)
+
+
+def test_models_in_parts_on_some_processes_are_saved_by_these(results: Results) -> None:
+    for rank, found in enumerate(results("own_parts")):
+        assert isinstance(found, dict), found
+        assert found["joint"] == ({"who": 0}, True)
+        own = ["each", "each alone", *(["first"] if rank == 0 else [])]
+        assert all(found[name] == ({"who": rank}, True) for name in own)
+        assert found["folders"] == own
+        assert found["refused"] == ["joint"]
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("trained by all", r"parts on processes \[0, 1\], on which TDLRT .* got them on \[{}\]"),
+        ("trained by one", r"parts on processes \[{}\], on which TDLRT .* got them on \[0, 1\]"),
+        ("unknown", r"a mesh of one dimension, got them on processes \[{}\] and a mesh of more"),
+    ],
+)
+def test_models_in_parts_on_other_processes_are_refused(
+    case: str, message: str, results: Results
+) -> None:
+    for rank, found in enumerate(results("own_parts")):
+        saving, loading_alike = found[case]
+        assert re.search(message.format(rank), saving)
+        assert loading_alike
+
+
+@pytest.mark.parametrize(
+    ("index", "kept"),
+    [(None, ""), (json.dumps({"tensors": {"folder": "tensors-" + "a" * 32}}), "a"), ("{", "ab")],
+)
+def test_tensors_that_an_index_may_name_are_kept(
+    index: str | None, kept: str, tmp_path: Path
+) -> None:
+    (tmp_path / "tensors-of-others").mkdir()
+    for letter in "ab":
+        (tmp_path / f"tensors-{letter * 32}").mkdir()
+    if index is not None:
+        (tmp_path / "checkpoint.json").write_text(index)
+    _folder._sweep(tmp_path)
+    left = sorted(entry.name for entry in tmp_path.glob("tensors-*"))
+    assert left == [*(f"tensors-{letter * 32}" for letter in kept), "tensors-of-others"]
+
+
 REFUSED = {
     "absent": r"FileNotFoundError .*nowhere",
     "absent on one": r"nowhere",
@@ -215,6 +271,38 @@ def test_nan_in_a_part_of_one_process_stops_the_step_on_all(results: Results) ->
 
 def test_processes_that_truncate_differently_take_what_the_first_has(results: Results) -> None:
     assert_alike(results("other_truncation"), workers.train(0, 1, kind="adam"))
+
+
+def test_a_process_is_back_when_a_save_is_refused(results: Results) -> None:
+    between = "the time between steps"
+    first, second = results("refused_save")
+    assert first == (between, "refused", between)
+    assert second == (between, between)  # the first one alone writes
+
+
+def test_errors_of_one_s_own_are_no_lost_processes(results: Results) -> None:
+    own = "RuntimeError its own"
+    assert results("own_errors") == [
+        [own, "TypeError process 1 of 2 failed (RuntimeError: its own)"],
+        [own, own],
+    ]
+
+
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, torch.linalg.LinAlgError, ValueError])
+def test_errors_of_other_kinds_pass_through_an_exchange(kind: type[Exception]) -> None:
+    with pytest.raises(kind, match=r"^its own$"), exchange(None):
+        raise kind("its own")
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, dist.DistBackendError, dist.DistNetworkError])
+def test_an_exchange_that_fails_has_lost_the_others(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dist, "get_rank", lambda group: 2)
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 3)
+    message = r"^step: process 2 of 3 has lost the others\. .* Here: closed by peer$"
+    with pytest.raises(ProcessError, match=message), phase("step"), exchange(None):
+        raise kind("closed by peer")
 
 
 def test_a_wrapper_that_was_not_told_is_refused(results: Results) -> None:
@@ -351,9 +439,9 @@ def heard(monkeypatch: pytest.MonkeyPatch, told: dict[int, str], seconds: float 
     store.seconds = seconds
     monkeypatch.setattr(_whereabouts, "_store_of", lambda group: store)
     monkeypatch.setattr(dist, "get_world_size", lambda group: 20)
-    for process, phase in told.items():
+    for process, where in told.items():
         monkeypatch.setattr(dist, "get_rank", lambda group, process=process: process)
-        _whereabouts.Whereabouts(None).tell(phase, 7)
+        _whereabouts.Whereabouts(None).tell(where, 7)
     monkeypatch.setattr(dist, "get_rank", lambda group: 0)
     return _whereabouts.last_heard(None)
 

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -140,13 +140,12 @@ def train(
     }
 
 
-def shard_dense_parts(model: nn.Module) -> None:
+def shard_dense_parts(model: nn.Module, mesh: DeviceMesh | None = None) -> None:
     """Leave on each process a part of every dense tensor, and the Tucker tensors as they are."""
+    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
     tucker = {p for m in model.modules() if isinstance(m, TuckerModule) for p in m.parameters()}
     tucker -= {m.bias for m in model.modules() if isinstance(m, TuckerModule)}
-    fully_shard(
-        model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)), ignored_params=tucker
-    )
+    fully_shard(model, mesh=mesh, ignored_params=tucker)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -247,6 +246,46 @@ def unused_layers(rank: int, world: int, wrap: bool = True) -> dict[str, Any]:
         optimizer.step()
     assert model.unused.core.grad is None and model.unused.ranks == (3, 3)
     return {"state": dict(model.state_dict()), "weight": model.first.dense_weight().detach()}
+
+
+def refused_save(folder: Path, rank: int, world: int) -> tuple[str, ...]:
+    """Return what is told before a save, and after one that is refused."""
+    model = network()
+    optimizer = TDLRT(OPTIMIZERS["sgd"](model), model)
+    optimizer.step()
+    told = [optimizer.peers.phase]
+    try:
+        save_checkpoint(folder / "refused_save", model, optimizer, bad=object())
+    except TypeError:
+        told.append("refused")
+    return (*told, optimizer.peers.phase)
+
+
+def own_errors(folder: Path, rank: int, world: int) -> list[str]:
+    """Meet errors of one's own in a step, and in a save of parts on one of the processes."""
+
+    class Scheduler:
+        def state_dict(self) -> dict[str, int]:
+            if rank == 1:
+                raise RuntimeError("its own")
+            return {}
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("its own")
+
+    model, optimizer = trained_parts(PARTS["rule"])
+    norm, torch.linalg.vector_norm = torch.linalg.vector_norm, broken
+    messages = []
+    for call in (
+        optimizer.step,
+        partial(save_checkpoint, folder / "own errors", model, optimizer, Scheduler()),
+    ):
+        try:
+            call()
+        except (RuntimeError, TypeError) as error:
+            messages.append(f"{type(error).__name__} {error}")
+        torch.linalg.vector_norm = norm
+    return messages
 
 
 def not_told(folder: Path, rank: int, world: int) -> str:
@@ -468,6 +507,91 @@ def refused_parts(folder: Path, rank: int, world: int) -> dict[str, Any]:
     return messages
 
 
+def failed_parts(folder: Path, rank: int, world: int) -> list[Any]:
+    """Save where the disk is full, for parts or for the index, or what is old cannot be removed."""
+    path, (model, optimizer) = folder / "failed parts", trained_parts(PARTS["rule"])
+    save_checkpoint(path, model, optimizer, step=0)
+    found = []
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError("disk full")
+
+    for holder, name in (
+        (FileSystemWriter, "write_data"),  # after a process has written its parts
+        (os, "replace"),
+        (shutil, "rmtree"),
+        (None, ""),
+    ):
+        call = getattr(holder, name, None)
+
+        def fails(*arguments: Any, name: str = name, call: Any = call, **options: Any) -> Any:
+            if name == "write_data" and rank == 0:
+                return call(*arguments, **options)
+            if name == "rmtree" and options.get("ignore_errors"):
+                return None
+            return fail()
+
+        if holder is not None:
+            setattr(holder, name, fails)
+        try:
+            save_checkpoint(path, model, optimizer, step=len(found) + 1)
+            outcome = "saved"
+        except OSError as error:
+            outcome = str(error)
+        finally:
+            if holder is not None:
+                setattr(holder, name, call)
+        dist.barrier()
+        step = load_checkpoint(path)["step"]
+        found.append((outcome, step, len(list(path.glob("tensors-*")))))
+        dist.barrier()
+    return found
+
+
+def own_parts(folder: Path, rank: int, world: int) -> dict[str, Any]:
+    """Save and load models in parts on some of the processes, which train on those or on others."""
+    shape = torch.arange(world).reshape(world, 1, 1)
+    apart = DeviceMesh("cpu", shape, mesh_dim_names=("trainings", "copies", "parts"))
+    alone = [dist.new_group([process]) for process in range(world)][rank]
+    joint = init_device_mesh("cpu", (1, world), mesh_dim_names=("copies", "parts"))
+    found: dict[str, Any] = {}
+
+    def attempt(name: str, mesh: DeviceMesh, group: Any = None, path: Path = folder) -> None:
+        model = network(rank if mesh.size() == 1 else 0)
+        shard_dense_parts(model, mesh)
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        if group is not None:
+            optimizer = TDLRT(optimizer, model, process_group=group)
+        try:
+            save_checkpoint(path / name, model, optimizer, who=rank)
+            saved = [whole(t).clone() for t in model.state_dict().values()]
+            nn.init.zeros_(model[7].weight)
+            extra = load_checkpoint(path / name, model, optimizer)
+            loaded = [whole(t) for t in model.state_dict().values()]
+            found[name] = extra, all(map(torch.equal, saved, loaded))
+        except ValueError as error:
+            found[name] = str(error)
+            try:
+                load_checkpoint(path / "joint", model, optimizer)
+            except ValueError as error:
+                found[name] = found[name], str(error) == found[name]
+
+    own = folder / f"own {rank}"
+    own.mkdir()
+    attempt("joint", joint)
+    attempt("each", apart["parts"], path=own)
+    attempt("each alone", apart["parts"], alone, path=own)
+    if rank == 0:  # nobody waits for others
+        attempt("first", apart["parts"], path=own)
+    attempt("trained by all", apart["parts"], dist.group.WORLD)
+    attempt("trained by one", joint, alone)
+    attempt("unknown", apart["copies", "parts"])
+    dist.barrier()
+    found["folders"] = sorted(path.name for path in own.iterdir())
+    found["refused"] = [name for name in found if (folder / name).exists()]
+    return found
+
+
 # A process is killed.
 
 
@@ -584,6 +708,7 @@ SCENARIOS |= {
     for f in (
         broken_input,
         broken_part,
+        failed_parts,
         killed_with_the_store,
         late,
         means,
@@ -591,7 +716,10 @@ SCENARIOS |= {
         other_groups,
         other_models,
         other_truncation,
+        own_errors,
+        own_parts,
         refused_parts,
+        refused_save,
         resumed,
         saved,
         saved_parts,
