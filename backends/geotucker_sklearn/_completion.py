@@ -130,7 +130,7 @@ class TuckerCompletion(RegressorMixin, BaseEstimator):
         check_scalar(self.ridge, "ridge", Real, min_val=0.0)
         X, y = validate_data(self, X, y, y_numeric=True)
         coordinates = self._whole(X)
-        y = y.astype(np.result_type(y, np.float32), copy=False)
+        y = y.astype(np.float32 if y.dtype == np.float32 else np.float64, copy=False)
         shape = _shape(self.shape, coordinates)
         _check_within(coordinates, shape)
         intercept = y.mean() if self.fit_intercept else y.dtype.type(0.0)

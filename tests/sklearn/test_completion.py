@@ -61,8 +61,15 @@ def test_whole_numbers_may_be_floats_and_values_integers():
     of_integers = TuckerCompletion(**settings).fit(X, np.rint(10 * Y).astype(int))
     of_floats = TuckerCompletion(**settings).fit(X.astype(float), np.rint(10 * Y))
     np.testing.assert_array_equal(of_integers.predict(X), of_floats.predict(X.astype(float)))
-    single = TuckerCompletion(**settings).fit(X, Y.astype(np.float32))
-    assert single.predict(X).dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    "dtype", ["bool", "int8", "uint8", "int16", "int64", "float16", "float32", "float64"]
+)
+def test_single_precision_stays_and_all_else_becomes_double(dtype):
+    model = TuckerCompletion(1, tol=1e-2, random_state=0).fit(X, (10 * Y).astype(dtype))
+    expected = np.float32 if dtype == "float32" else np.float64
+    assert model.point_.core.dtype == model.predict(X).dtype == expected
 
 
 def test_a_search_finds_the_ranks():
