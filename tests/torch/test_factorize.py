@@ -482,22 +482,35 @@ def test_untrained_weights_are_scaled_up_and_others_are_not() -> None:
         assert (weight.norm() > 1.01 * nearest.norm()) == rescale
 
 
-def test_a_schedule_chooses_layers_by_its_end_and_ranks_by_its_start() -> None:
+@pytest.mark.parametrize("pattern", [None, "*"])
+def test_a_schedule_chooses_layers_by_its_end_and_ranks_by_its_start(pattern: str | None) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-    dense = sum(p.numel() for p in model.parameters())
+
+    def size() -> int:  # of what the budget is for: in a mapping of weights alone
+        return sum(p.numel() for p in model.parameters() if pattern is None or p.ndim > 1)
+
+    dense = size()
     first = gt.Budget(parameters=0.9)  # at which the last layer gains nothing
     assert isinstance(factorize(copy.deepcopy(model), first, verbose=False)[2], nn.Linear)
-    rule = gt.Budget(parameters=0.1, start=0.9, steps=4)
+    budget = gt.Budget(parameters=0.1, start=0.9, steps=4)
+    rule = budget if pattern is None else {pattern: budget}
     factorize(model, rule, verbose=False)
     assert isinstance(model[2], TuckerLinear)
-    assert 0.88 <= sum(p.numel() for p in model.parameters()) / dense <= 0.9
+    assert 0.88 <= size() / dense <= 0.9
     optimizer = TDLRT(torch.optim.SGD(model.parameters(), 0.1), model, rule, basis_every=1)
     for _ in range(5):
         optimizer.zero_grad()
         model(torch.randn(32, 64)).square().mean().backward()
         optimizer.step()
-    assert 0.08 <= sum(p.numel() for p in model.parameters()) / dense <= 0.1  # in ranks
+    assert 0.08 <= size() / dense <= 0.1  # in ranks
+
+
+def test_a_budget_in_a_mapping_is_for_the_layers_that_are_replaced() -> None:
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 10, bias=False))
+    larger, smaller = plan(model, {"*": gt.Budget(parameters=0.9)}).layers
+    assert smaller.ranks is None and "would grow" in smaller.reason
+    assert 0.88 * larger.before <= larger.after <= 0.9 * larger.before
 
 
 def test_a_budget_is_one_for_the_whole_model() -> None:
