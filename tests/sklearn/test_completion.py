@@ -98,10 +98,34 @@ def test_the_more_ridge_the_smaller_the_tensor():
     assert norms[0] > 3 * norms[-1]
 
 
-def test_growth_has_an_end_before_the_run_has():
-    with pytest.warns(ConvergenceWarning, match="max_iter=15"):
-        model = TuckerCompletion(3, growth=10, max_iter=15).fit(X, Y)
-    assert model.point_.ranks == (2, 2, 2)
+@pytest.mark.parametrize(("growth", "max_iter"), [(10, 25), (10_000, 30), (1, 13)])
+def test_growth_has_an_end_before_the_run_has(growth, max_iter):
+    model = TuckerCompletion(12, growth=growth, max_iter=max_iter, tol=0.0)
+    with pytest.warns(ConvergenceWarning, match=rf"max_iter={max_iter} steps the loss still fell"):
+        model.fit(X, Y)
+    assert model.point_.ranks == (12, 12, 12)
+
+
+def test_growth_is_no_faster_than_it_has_to_be():
+    settings = {"tol": 0.0, "max_iter": 45, "random_state": 0}
+    slow, slower = (TuckerCompletion(3, growth=growth, **settings) for growth in (11, 99))
+    with pytest.warns(ConvergenceWarning):
+        np.testing.assert_array_equal(slow.fit(X, Y).point_.core, slower.fit(X, Y).point_.core)
+    faster = TuckerCompletion(3, growth=4, **settings)
+    with pytest.warns(ConvergenceWarning):
+        assert not np.array_equal(faster.fit(X, Y).point_.core, slow.point_.core)
+
+
+def test_steps_that_do_not_suffice_to_grow_are_told():
+    model = TuckerCompletion(12, growth=10, max_iter=11)
+    message = r"had grown to \(11, 11, 11\), not to \(12, 12, 12\); raise max_iter above 11, or"
+    with pytest.warns(ConvergenceWarning, match=message):
+        model.fit(X, Y)
+    assert model.n_iter_ == 11
+    model.set_params(growth=None)
+    with pytest.warns(ConvergenceWarning, match="the loss still fell"):
+        model.fit(X, Y)
+    assert model.point_.ranks == (12, 12, 12)
 
 
 FAILURES = {
