@@ -220,8 +220,9 @@ def factorize(
         default.
     rescale : bool, optional
         Whether truncated weights are scaled up towards the norm of the dense ones instead of
-        being the nearest to them. By default those are that are untrained: the HOSVD of noise
-        keeps little of its energy, and signals would fade from layer to layer.
+        being the nearest to them. By default those are that look untrained, as independent random
+        numbers do: the HOSVD of noise keeps little of its energy, and signals would fade from
+        layer to layer. State it where training may have been too short to tell.
     verbose : bool
         Whether the table is printed.
 

@@ -482,6 +482,63 @@ def test_untrained_weights_are_scaled_up_and_others_are_not() -> None:
         assert (weight.norm() > 1.01 * nearest.norm()) == rescale
 
 
+FRESH: dict[str, Any] = {
+    "linear": lambda: nn.Linear(64, 10),
+    "square": lambda: nn.Linear(48, 48),
+    "convolution": lambda: nn.Conv2d(3, 16, 3),
+    "groups": lambda: nn.Conv2d(16, 32, 3, groups=8),
+    "one dimension": lambda: nn.Conv1d(12, 20, 5),
+    "three dimensions": lambda: nn.Conv3d(4, 6, 3),
+    "transposed": lambda: nn.ConvTranspose2d(16, 8, 3),
+    "embedding": lambda: nn.Embedding(30, 8),
+    "wide embedding with padding": lambda: nn.Embedding(4, 64, padding_idx=0),
+}
+INITS: dict[str, Any] = {
+    "its own": lambda weight: weight,
+    "uniform": lambda weight: nn.init.uniform_(weight, -1.0, 1.0),
+    "normal": nn.init.normal_,
+    "truncated": nn.init.trunc_normal_,
+    "Xavier": nn.init.xavier_uniform_,
+    "He": nn.init.kaiming_normal_,
+    "orthogonal": nn.init.orthogonal_,
+}
+
+
+def is_scaled(layer: Any) -> bool:
+    """Tell whether `factorize` scales a layer up that it truncates to rank 2."""
+    ours, nearest = (
+        factorize(copy.deepcopy(layer), 2, rescale=rescale, verbose=False).core.norm()
+        for rescale in (None, False)
+    )
+    return bool(ours > 1.01 * nearest)
+
+
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("kind", FRESH)
+def test_fresh_layers_of_all_kinds_are_scaled_up(kind: str, init: str) -> None:
+    torch.manual_seed(0)
+    for _ in range(5):
+        layer = FRESH[kind]()
+        with torch.no_grad():
+            INITS[init](layer.weight)
+            if kind.endswith("padding"):
+                layer.weight[0] = 0.0
+        assert is_scaled(layer)
+
+
+@pytest.mark.parametrize("mode", range(4))
+@pytest.mark.parametrize("change", [0.0, 2.0])
+def test_a_slice_that_stands_out_in_any_mode_says_trained(mode: int, change: float) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(32, 32, 3)
+    assert is_scaled(layer)
+    with torch.no_grad():
+        layer.weight.select(mode, 1).mul_(change)
+        if mode == 0 and change == 0.0:  # rows of zeros say nothing, two that are equal do
+            layer.weight.select(mode, 1).copy_(layer.weight.select(mode, 2))
+    assert not is_scaled(layer)
+
+
 @pytest.mark.parametrize("pattern", [None, "*"])
 def test_a_schedule_chooses_layers_by_its_end_and_ranks_by_its_start(pattern: str | None) -> None:
     torch.manual_seed(0)
