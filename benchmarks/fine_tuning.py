@@ -62,17 +62,18 @@ def untouched(model: nn.Module, kept: float, data: DataSet, recipe: Recipe) -> I
 
 def truncated(model: nn.Module, kept: float, data: DataSet, recipe: Recipe) -> Iterator[Epoch]:
     """Truncate to the budget, and train nothing."""
-    return untouched(factorize(model, _at_once(kept), verbose=False), kept, data, recipe)
+    return untouched(_cut(model, kept), kept, data, recipe)
 
 
 def descent(model: nn.Module, kept: float, data: DataSet, recipe: Recipe) -> Iterator[Epoch]:
     """Truncate to the budget, and descend on core and factors."""
-    model = factorize(model, _at_once(kept), verbose=False).requires_grad_(True)
+    model = _cut(model, kept).requires_grad_(True)
     return train(model, recipe.sgd(model), data, recipe)
 
 
-def _at_once(kept: float) -> gt.Budget:
-    return gt.Budget(parameters=kept)
+def _cut(model: nn.Module, kept: float) -> nn.Module:
+    """Return the nearest model of the size: the HOSVD of all weights, never scaled."""
+    return factorize(model, gt.Budget(parameters=kept), rescale=False, verbose=False)
 
 
 WHOLE: Mapping[str, Method] = {"as it came": untouched, "dense": METHODS["dense"]}

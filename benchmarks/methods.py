@@ -87,7 +87,8 @@ def fine_tuned(
 
     Y.-D. Kim et al., Compression of deep convolutional neural networks, ICLR 2016,
     arXiv:1511.06530, with a budget for the whole network as rule for the ranks, and factors for the
-    modes of the kernel too. Momentum begins anew.
+    modes of the kernel too. Momentum begins anew, and no weight is scaled, however short the
+    training.
     """
     half, seconds = recipe.epochs // 2, 0.0
     for epoch in train(model, recipe.sgd(model), data, recipe, range(half)):
@@ -95,7 +96,8 @@ def fine_tuned(
         seconds = epoch.seconds
     if math.isnan(seconds):  # diverged
         return
-    model = factorize(model, gt.Budget(parameters=kept), tensorise=tensorise, verbose=False)
+    budget = gt.Budget(parameters=kept)
+    model = factorize(model, budget, tensorise=tensorise, rescale=False, verbose=False)
     model.requires_grad_(True)
     rest = range(half, recipe.epochs)
     yield from train(model, recipe.sgd(model), data, recipe, rest, seconds=seconds)

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from geotucker_torch import factorize
 from geotucker_torch._train._data import DataSet
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -205,12 +206,8 @@ def test_published_weights_are_read(tmp_path: Path, name: str, parameters: int) 
     assert torch.equal(model.eval()(images), written.eval()(images))
 
 
-@pytest.mark.data
-@pytest.mark.parametrize("name", ["resnet20", "resnet32"])
-def test_published_weights_know_the_images(name: str) -> None:
-    import fine_tuning
-    from networks import pretrained
-
+def published_folder() -> Path:
+    """Return the folder of the data, with the published weights in it."""
     from geotucker_torch._train._fetch import data_folder
 
     folder = data_folder(None)
@@ -218,11 +215,35 @@ def test_published_weights_know_the_images(name: str) -> None:
         pytest.skip("GEOTUCKER_DATA_DIR names no folder")
     if not (folder / "pretrained-cifar-resnet").is_dir():
         pytest.skip("the published weights are not there")
+    return folder
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", ["resnet20", "resnet32"])
+def test_published_weights_know_the_images(name: str) -> None:
+    import fine_tuning
+    from networks import pretrained
+
+    folder = published_folder()
     data = fine_tuning.images()
     some = slice(0, None, 40)  # sorted by class
     with torch.no_grad():
         guess = pretrained(name, folder).eval()(data.normalise(data.test_images[some])).argmax(1)
     assert (guess == data.test_labels[some]).float().mean() > 0.75  # 0.81 and more of all
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", ["resnet20", "resnet32"])
+def test_published_weights_do_not_count_as_untrained(name: str) -> None:
+    from networks import pretrained
+
+    folder = published_folder()
+    ours, nearest = (
+        factorize(pretrained(name, folder), 2, rescale=rescale, verbose=False)
+        for rescale in (None, False)
+    )
+    for found, expected in zip(ours.parameters(), nearest.parameters(), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_fine_tuning_by_all_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

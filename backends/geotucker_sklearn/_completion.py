@@ -33,7 +33,8 @@ class TuckerCompletion(RegressorMixin, BaseEstimator):
         Shape (n_1, ..., n_d) of the tensor. By default it ends at the largest coordinates of the
         training entries; state it where entries beyond may be asked for, as in cross-validation.
     growth : int, optional
-        Steps between two increments of the ranks; None starts with the full ranks.
+        Steps between two increments of the ranks, fewer where they would not be full after half of
+        `max_iter`; None starts with the full ranks.
     ridge : float
         Weight of the mean square of all entries beside the mean squared error of the known ones,
         at least 0. A little of it keeps the tensor from running away where nothing is known; where
@@ -130,7 +131,7 @@ class TuckerCompletion(RegressorMixin, BaseEstimator):
         check_scalar(self.ridge, "ridge", Real, min_val=0.0)
         X, y = validate_data(self, X, y, y_numeric=True)
         coordinates = self._whole(X)
-        y = y.astype(np.result_type(y, np.float32), copy=False)
+        y = y.astype(np.float32 if y.dtype == np.float32 else np.float64, copy=False)
         shape = _shape(self.shape, coordinates)
         _check_within(coordinates, shape)
         intercept = y.mean() if self.fit_intercept else y.dtype.type(0.0)

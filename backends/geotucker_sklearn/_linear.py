@@ -44,7 +44,7 @@ class _Linear(TensorSamples):
 
     @property
     def coef_(self) -> Array:
-        """The coefficients, shape (p,) for p features, or (q, p) for q outputs or classes."""
+        """The coefficients, shape (p,) for p features, or (q, p) for q outputs."""
         return gt.to_dense(self.point_).reshape(self.n_features_in_, *self._outputs).T
 
     @property
@@ -212,10 +212,10 @@ class TuckerClassifier(ClassifierMixin, _Linear):
     point_ : TuckerPoint
         The W.
     coef_ : array
-        Its entries as linear models of scikit-learn have them, formed when asked for: of shape (p,)
-        for p features, or (q, p) for q classes.
-    intercept_ : float or array
-        The b, of several classes one for each.
+        Its entries as linear models of scikit-learn have them, formed when asked for: of shape
+        (1, p) for two classes and p features, or (q, p) for q classes.
+    intercept_ : array
+        The b, of shape (1,) for two classes, or (q,).
     sample_shape_ : tuple of int
         Shape of a sample.
     n_iter_ : int
@@ -235,6 +235,11 @@ class TuckerClassifier(ClassifierMixin, _Linear):
     >>> model.score(X[1000:], y[1000:]) > 0.85, model.point_.size, model.coef_.size
     (True, 510, 640)
     """
+
+    @property
+    def coef_(self) -> Array:
+        """The coefficients, shape (1, p) for two classes and p features, or (q, p) for q."""
+        return np.atleast_2d(super().coef_)
 
     def fit(self, X: Any, y: Any) -> "TuckerClassifier":
         """Find the coefficients.
@@ -269,7 +274,9 @@ class TuckerClassifier(ClassifierMixin, _Linear):
         profiled = ProfiledLogistic(observed)
         self._minimise(samples, observed, profiled if self.fit_intercept else gt.Logistic())
         products = self._products(samples)
-        self.intercept_ = profiled.intercept(products) if self.fit_intercept else 0.0
+        none = np.zeros(products.shape[1:], products.dtype)
+        intercept = profiled.intercept(products) if self.fit_intercept else none
+        self.intercept_ = np.atleast_1d(intercept)
         self.classes_ = classes
         return self
 

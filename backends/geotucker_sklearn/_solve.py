@@ -33,9 +33,11 @@ def minimise(
     ranks : int, float or tuple of int
         As for `geotucker.Fixed`.
     growth : int, optional
-        Steps between two increments of the ranks, from one; by default they are full at once.
+        Steps between two increments of the ranks, from one; fewer, but at least one, where they
+        would not be full after half of `max_iter`. By default they are full at once.
     max_iter : int
-        At most so many steps; a ConvergenceWarning says if they did not suffice.
+        At most so many steps; a ConvergenceWarning says if they did not suffice, for growth or for
+        descent.
     tol : float
         Stop once ten steps at the full ranks lower the loss by at most this share of what it is
         at zero. (A share of itself would never do where data are fitted exactly.)
@@ -46,8 +48,10 @@ def minimise(
     check_scalar(tol, "tol", Real, min_val=0.0)
     if growth is not None:
         check_scalar(growth, "growth", Integral, min_val=1)
-    rule = gt.Fixed(ranks) if growth is None else gt.Growing(ranks, every=growth)
     full = gt.Fixed(ranks).for_shape(fit.shape)
+    increments = max(full) - 1 if growth is not None else 0
+    every = max(1, min(growth or 1, max_iter // (2 * max(increments, 1))))
+    rule = gt.Fixed(ranks) if growth is None else gt.Growing(ranks, every=every)
     seed = int(check_random_state(random_state).randint(2**31 - 1))
     start = fit.start(full if growth is None else 1, seed=seed)
     scale, _ = fit(gt.scale(start, 0.0))
@@ -57,9 +61,16 @@ def minimise(
         integrator=gt.ConjugateGradient(),
         ranks=rule,
         steps=max_iter,
-        stop=_flat(tol * scale, (max(full) - 1) * (growth or 0)),
+        stop=_flat(tol * scale, increments * every),
     )
-    if result.stopped == "steps":
+    if max_iter <= increments * every:
+        warnings.warn(
+            f"after max_iter={max_iter} steps the ranks had grown to {result.point.ranks}, not to "
+            f"{full}; raise max_iter above {increments}, or start with the full ranks, growth=None",
+            ConvergenceWarning,
+            stacklevel=3,
+        )
+    elif result.stopped == "steps":
         warnings.warn(
             f"after max_iter={max_iter} steps the loss still fell by more than tol={tol} of what "
             "it was at zero in ten steps; raise one of them",

@@ -199,8 +199,9 @@ def factorize(
         See `geotucker.Fixed`, `geotucker.Tolerance` and `geotucker.Budget`. In a mapping the first
         pattern that matches a layer's dotted name counts, and layers without a match stay dense.
         A rule that weighs layers against each other sees all of its layers together. A budget
-        is one for the whole model (in parameters or bytes); in a mapping, for its layers. Of a
-        schedule with a `start` the end chooses the layers, and the start their ranks.
+        is one for the whole model (in parameters or bytes); in a mapping, for those of its
+        layers that are replaced. Of a budget with a `start` the end chooses the layers, and the
+        start their ranks.
     types : iterable of type
         Among ``nn.Linear``, ``nn.Embedding``, ``nn.ConvNd`` and ``nn.ConvTransposeNd`` in one to
         three dimensions (default: all).
@@ -219,8 +220,9 @@ def factorize(
         default.
     rescale : bool, optional
         Whether truncated weights are scaled up towards the norm of the dense ones instead of
-        being the nearest to them. By default those are that are untrained: the HOSVD of noise
-        keeps little of its energy, and signals would fade from layer to layer.
+        being the nearest to them. By default those are that look untrained, as independent random
+        numbers do: the HOSVD of noise keeps little of its energy, and signals would fade from
+        layer to layer. State it where training may have been too short to tell.
     verbose : bool
         Whether the table is printed.
 
@@ -396,37 +398,42 @@ def _survey(
                 candidate.reshaped = _reshaped(candidate, requests)
                 wanted[patterns[0]].append(candidate)
     for pattern, chosen in wanted.items():
-        if isinstance(ranks, gt.Budget):
-            _share(chosen, ranks, model)
+        rule = rules[pattern]
+        if isinstance(rule, gt.Budget):
+            _share(chosen, rule, None if isinstance(ranks, Mapping) else model)
         else:
-            _decide(chosen, rules[pattern])
+            _decide(chosen, rule)
     return candidates, splits
 
 
-def _share(candidates: list[_Candidate], budget: gt.Budget, model: nn.Module) -> None:
-    """Share a budget for the whole model; what layers that stay dense take is spent first.
+def _share(candidates: list[_Candidate], budget: gt.Budget, model: nn.Module | None) -> None:
+    """Share a budget for the whole model or, without one, for those layers that are replaced.
 
-    Where a schedule ends says which layers are to be Tucker layers, and its start their ranks.
+    Of a model's budget what the rest of it takes is spent first. Where a schedule ends says which
+    layers are to be Tucker layers, and its start their ranks.
     """
+
+    def cut(rule: gt.Budget) -> list[gt.Truncation]:
+        if model is not None:
+            chosen = {candidate.module.weight: point for candidate, point in pairs}
+            rule = whole_model(rule, model, chosen, dense=True)
+        return gt.truncate([point for _, point in pairs], rule)
+
     points = [_decomposed(candidate, gt.Tolerance(0.0)) for candidate in candidates]
     pairs = list(zip(candidates, points, strict=True))
     while pairs:
-        chosen = {candidate.module.weight: point for candidate, point in pairs}
-        rule = whole_model(replace(budget, steps=0, start=None), model, chosen, dense=True)
-        cuts = gt.truncate([point for _, point in pairs], rule)
-        for (candidate, _), cut in zip(pairs, cuts, strict=True):
-            candidate.point, candidate.ranks, candidate.reason = cut.point, None, ""
-            candidate.decide(cut.point.ranks)
+        cuts = cut(replace(budget, steps=0, start=None))
+        for (candidate, _), found in zip(pairs, cuts, strict=True):
+            candidate.point, candidate.ranks, candidate.reason = found.point, None, ""
+            candidate.decide(found.point.ranks)
         shrinking = [pair for pair in pairs if pair[0].ranks is not None]
         if len(shrinking) == len(pairs):
             break
         pairs = shrinking
     if pairs and budget.start is not None:
-        rule = whole_model(replace(budget.at(0), start=None), model, chosen, dense=True)
-        for (candidate, _), cut in zip(
-            pairs, gt.truncate([point for _, point in pairs], rule), strict=True
-        ):
-            candidate.point, candidate.ranks = cut.point, cut.point.ranks
+        cuts = cut(replace(budget.at(0), start=None))
+        for (candidate, _), found in zip(pairs, cuts, strict=True):
+            candidate.point, candidate.ranks = found.point, found.point.ranks
 
 
 def _reshaped(candidate: _Candidate, requests: Mapping[str, Any]) -> Split | None:

@@ -171,8 +171,9 @@ class TuckerModule(nn.Module):
             See `geotucker.Fixed` and `geotucker.Tolerance`.
         rescale : bool, optional
             Whether the truncated weight is scaled up towards the norm of the dense one instead
-            of being the nearest to it. By default it is if the weight is noise, that is
-            untrained: else signals fade from layer to layer.
+            of being the nearest to it. By default it is if the weight looks untrained, that is
+            as independent random numbers do: else signals fade from layer to layer. State
+            it where training may have been too short to tell.
 
         Returns
         -------
@@ -762,16 +763,29 @@ def decompose(weight: Tensor, ranks: Any) -> gt.TuckerPoint:
 
 @torch.no_grad()
 def _is_noise(weight: Tensor) -> bool:
-    """Tell whether a weight looks untrained.
+    """Tell whether a weight looks untrained: like independent entries of equal variance.
 
-    That is, no singular value of its first unfolding stands out of those of a random matrix of
-    equal variance, the largest of which is about ``deviation * (sqrt(m) + sqrt(n))``.
+    Those of an m x n matrix, m <= n, of variance 1 have all singular values between
+    ``sqrt(n) - sqrt(m) - t`` and ``sqrt(n) + sqrt(m) + t``, but for a probability of
+    ``2 exp(-t^2 / 2)`` if they are normal (Davidson and Szarek 2001, Theorem II.13). All unfoldings
+    are to do so. Rows of zeros (of padding) say nothing.
     """
+    # Heuristic: of 290,000 fresh weights, normal and uniform, of 2 x 3 to 64 x 64 and up to
+    # 16 x 16 x 3 x 3, none went beyond t = 1.7; all layers of two published ResNets go beyond 3.5.
+    slack = 2.0
     with without_autocast(weight):
-        matrix = weight.detach().flatten(1).double()
-        edge = matrix.square().mean().sqrt() * sum(math.sqrt(n) for n in matrix.shape)
-        # Heuristic: random matrices of 10 x 10 stay below this, and a trained layer is well above.
-        return bool(torch.linalg.matrix_norm(matrix, 2) <= 1.25 * edge)
+        wide = weight.detach().double()
+        wide = wide[wide.flatten(1).any(1)]
+        for mode in range(
+            wide.ndim if wide.ndim > 2 else 1
+        ):  # a matrix has one, but for transposes
+            matrix = wide.movedim(mode, 0).flatten(1)
+            m, n = sorted(matrix.shape)
+            gram = matrix @ matrix.mT if len(matrix) == m else matrix.mT @ matrix
+            values = (torch.linalg.eigvalsh(gram).clamp(min=0) / matrix.square().mean()).sqrt()
+            if ((values - math.sqrt(n)).abs() > math.sqrt(m) + slack).any():
+                return False
+    return True
 
 
 @torch.no_grad()

@@ -61,8 +61,15 @@ def test_whole_numbers_may_be_floats_and_values_integers():
     of_integers = TuckerCompletion(**settings).fit(X, np.rint(10 * Y).astype(int))
     of_floats = TuckerCompletion(**settings).fit(X.astype(float), np.rint(10 * Y))
     np.testing.assert_array_equal(of_integers.predict(X), of_floats.predict(X.astype(float)))
-    single = TuckerCompletion(**settings).fit(X, Y.astype(np.float32))
-    assert single.predict(X).dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    "dtype", ["bool", "int8", "uint8", "int16", "int64", "float16", "float32", "float64"]
+)
+def test_single_precision_stays_and_all_else_becomes_double(dtype):
+    model = TuckerCompletion(1, tol=1e-2, random_state=0).fit(X, (10 * Y).astype(dtype))
+    expected = np.float32 if dtype == "float32" else np.float64
+    assert model.point_.core.dtype == model.predict(X).dtype == expected
 
 
 def test_a_search_finds_the_ranks():
@@ -91,10 +98,34 @@ def test_the_more_ridge_the_smaller_the_tensor():
     assert norms[0] > 3 * norms[-1]
 
 
-def test_growth_has_an_end_before_the_run_has():
-    with pytest.warns(ConvergenceWarning, match="max_iter=15"):
-        model = TuckerCompletion(3, growth=10, max_iter=15).fit(X, Y)
-    assert model.point_.ranks == (2, 2, 2)
+@pytest.mark.parametrize(("growth", "max_iter"), [(10, 25), (10_000, 30), (1, 13)])
+def test_growth_has_an_end_before_the_run_has(growth, max_iter):
+    model = TuckerCompletion(12, growth=growth, max_iter=max_iter, tol=0.0)
+    with pytest.warns(ConvergenceWarning, match=rf"max_iter={max_iter} steps the loss still fell"):
+        model.fit(X, Y)
+    assert model.point_.ranks == (12, 12, 12)
+
+
+def test_growth_is_no_faster_than_it_has_to_be():
+    settings = {"tol": 0.0, "max_iter": 45, "random_state": 0}
+    slow, slower = (TuckerCompletion(3, growth=growth, **settings) for growth in (11, 99))
+    with pytest.warns(ConvergenceWarning):
+        np.testing.assert_array_equal(slow.fit(X, Y).point_.core, slower.fit(X, Y).point_.core)
+    faster = TuckerCompletion(3, growth=4, **settings)
+    with pytest.warns(ConvergenceWarning):
+        assert not np.array_equal(faster.fit(X, Y).point_.core, slow.point_.core)
+
+
+def test_steps_that_do_not_suffice_to_grow_are_told():
+    model = TuckerCompletion(12, growth=10, max_iter=11)
+    message = r"had grown to \(11, 11, 11\), not to \(12, 12, 12\); raise max_iter above 11, or"
+    with pytest.warns(ConvergenceWarning, match=message):
+        model.fit(X, Y)
+    assert model.n_iter_ == 11
+    model.set_params(growth=None)
+    with pytest.warns(ConvergenceWarning, match="the loss still fell"):
+        model.fit(X, Y)
+    assert model.point_.ranks == (12, 12, 12)
 
 
 FAILURES = {

@@ -47,8 +47,10 @@ def test_at_full_ranks_it_is_logistic_regression(intercept):
     settings = {"fit_intercept": intercept}
     ours = TuckerClassifier(99, sample_shape=(4, 5), **settings, **EXACT).fit(rows, LABELS)
     theirs = LogisticRegression(tol=1e-10, max_iter=10_000, **settings).fit(rows, LABELS)
-    np.testing.assert_allclose(ours.coef_, theirs.coef_[0], atol=1e-5)
-    np.testing.assert_allclose(ours.intercept_, theirs.intercept_[0], atol=1e-4)
+    assert ours.coef_.shape == theirs.coef_.shape == (1, 20)
+    assert ours.intercept_.shape == theirs.intercept_.shape == (1,)
+    np.testing.assert_allclose(ours.coef_, theirs.coef_, atol=1e-5)
+    np.testing.assert_allclose(ours.intercept_, theirs.intercept_, atol=1e-4)
     np.testing.assert_allclose(ours.predict_proba(rows), theirs.predict_proba(rows), atol=1e-5)
     assert list(ours.classes_) == ["few", "many"]
     np.testing.assert_array_equal(ours.predict(rows), theirs.predict(rows))
@@ -65,6 +67,9 @@ def test_at_full_ranks_many_classes_are_one_against_the_rest():
     np.testing.assert_allclose(ours.predict_proba(rows), theirs.predict_proba(rows), atol=1e-5)
     np.testing.assert_array_equal(ours.predict(rows), theirs.predict(rows))
     assert ours.coef_.shape == (3, 20)
+    assert ours.intercept_.shape == (3,)
+    without = TuckerClassifier(1, fit_intercept=False, tol=1e-2).fit(SAMPLES, CLASSES)
+    np.testing.assert_array_equal(without.intercept_, np.zeros(3))
 
 
 def test_at_low_rank_it_is_what_the_core_finds():

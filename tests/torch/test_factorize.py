@@ -482,22 +482,92 @@ def test_untrained_weights_are_scaled_up_and_others_are_not() -> None:
         assert (weight.norm() > 1.01 * nearest.norm()) == rescale
 
 
-def test_a_schedule_chooses_layers_by_its_end_and_ranks_by_its_start() -> None:
+FRESH: dict[str, Any] = {
+    "linear": lambda: nn.Linear(64, 10),
+    "square": lambda: nn.Linear(48, 48),
+    "convolution": lambda: nn.Conv2d(3, 16, 3),
+    "groups": lambda: nn.Conv2d(16, 32, 3, groups=8),
+    "one dimension": lambda: nn.Conv1d(12, 20, 5),
+    "three dimensions": lambda: nn.Conv3d(4, 6, 3),
+    "transposed": lambda: nn.ConvTranspose2d(16, 8, 3),
+    "embedding": lambda: nn.Embedding(30, 8),
+    "wide embedding with padding": lambda: nn.Embedding(4, 64, padding_idx=0),
+}
+INITS: dict[str, Any] = {
+    "its own": lambda weight: weight,
+    "uniform": lambda weight: nn.init.uniform_(weight, -1.0, 1.0),
+    "normal": nn.init.normal_,
+    "truncated": nn.init.trunc_normal_,
+    "Xavier": nn.init.xavier_uniform_,
+    "He": nn.init.kaiming_normal_,
+    "orthogonal": nn.init.orthogonal_,
+}
+
+
+def is_scaled(layer: Any) -> bool:
+    """Tell whether `factorize` scales a layer up that it truncates to rank 2."""
+    ours, nearest = (
+        factorize(copy.deepcopy(layer), 2, rescale=rescale, verbose=False).core.norm()
+        for rescale in (None, False)
+    )
+    return bool(ours > 1.01 * nearest)
+
+
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("kind", FRESH)
+def test_fresh_layers_of_all_kinds_are_scaled_up(kind: str, init: str) -> None:
+    torch.manual_seed(0)
+    for _ in range(5):
+        layer = FRESH[kind]()
+        with torch.no_grad():
+            INITS[init](layer.weight)
+            if kind.endswith("padding"):
+                layer.weight[0] = 0.0
+        assert is_scaled(layer)
+
+
+@pytest.mark.parametrize("mode", range(4))
+@pytest.mark.parametrize("change", [0.0, 2.0])
+def test_a_slice_that_stands_out_in_any_mode_says_trained(mode: int, change: float) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(32, 32, 3)
+    assert is_scaled(layer)
+    with torch.no_grad():
+        layer.weight.select(mode, 1).mul_(change)
+        if mode == 0 and change == 0.0:  # rows of zeros say nothing, two that are equal do
+            layer.weight.select(mode, 1).copy_(layer.weight.select(mode, 2))
+    assert not is_scaled(layer)
+
+
+@pytest.mark.parametrize("pattern", [None, "*"])
+def test_a_schedule_chooses_layers_by_its_end_and_ranks_by_its_start(pattern: str | None) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-    dense = sum(p.numel() for p in model.parameters())
+
+    def size() -> int:  # of what the budget is for: in a mapping of weights alone
+        return sum(p.numel() for p in model.parameters() if pattern is None or p.ndim > 1)
+
+    dense = size()
     first = gt.Budget(parameters=0.9)  # at which the last layer gains nothing
     assert isinstance(factorize(copy.deepcopy(model), first, verbose=False)[2], nn.Linear)
-    rule = gt.Budget(parameters=0.1, start=0.9, steps=4)
+    budget = gt.Budget(parameters=0.1, start=0.9, steps=4)
+    rule = budget if pattern is None else {pattern: budget}
     factorize(model, rule, verbose=False)
     assert isinstance(model[2], TuckerLinear)
-    assert 0.88 <= sum(p.numel() for p in model.parameters()) / dense <= 0.9
+    assert 0.88 <= size() / dense <= 0.9
     optimizer = TDLRT(torch.optim.SGD(model.parameters(), 0.1), model, rule, basis_every=1)
     for _ in range(5):
         optimizer.zero_grad()
         model(torch.randn(32, 64)).square().mean().backward()
         optimizer.step()
-    assert 0.08 <= sum(p.numel() for p in model.parameters()) / dense <= 0.1  # in ranks
+    assert 0.08 <= size() / dense <= 0.1  # in ranks
+
+
+def test_a_budget_in_a_mapping_is_for_the_layers_that_are_replaced() -> None:
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 10, bias=False))
+    larger, smaller = plan(model, {"*": gt.Budget(parameters=0.9)}).layers
+    assert smaller.ranks is None and "would grow" in smaller.reason
+    assert 0.88 * larger.before <= larger.after <= 0.9 * larger.before
 
 
 def test_a_budget_is_one_for_the_whole_model() -> None:
