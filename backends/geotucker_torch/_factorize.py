@@ -199,9 +199,9 @@ def factorize(
         See `geotucker.Fixed`, `geotucker.Tolerance` and `geotucker.Budget`. In a mapping the first
         pattern that matches a layer's dotted name counts, and layers without a match stay dense.
         A rule that weighs layers against each other sees all of its layers together. A budget
-        is one for the whole model (in parameters or bytes); in a mapping, for those of its
-        layers that are replaced. Of a budget with a `start` the end chooses the layers, and the
-        start their ranks.
+        is one for the whole model (in parameters or bytes); in a mapping, for the weights of
+        its layers. Of a budget with a `start` the end chooses the layers, and the start their
+        ranks.
     types : iterable of type
         Among ``nn.Linear``, ``nn.Embedding``, ``nn.ConvNd`` and ``nn.ConvTransposeNd`` in one to
         three dimensions (default: all).
@@ -400,23 +400,22 @@ def _survey(
     for pattern, chosen in wanted.items():
         rule = rules[pattern]
         if isinstance(rule, gt.Budget):
-            _share(chosen, rule, None if isinstance(ranks, Mapping) else model)
+            own = nn.ParameterList(candidate.module.weight for candidate in chosen)
+            _share(chosen, rule, own if isinstance(ranks, Mapping) else model)
         else:
             _decide(chosen, rule)
     return candidates, splits
 
 
-def _share(candidates: list[_Candidate], budget: gt.Budget, model: nn.Module | None) -> None:
-    """Share a budget for the whole model or, without one, for those layers that are replaced.
+def _share(candidates: list[_Candidate], budget: gt.Budget, whole: nn.Module) -> None:
+    """Share a budget for all parameters of a module; what stays dense of them is spent first.
 
-    Of a model's budget what the rest of it takes is spent first. Where a schedule ends says which
-    layers are to be Tucker layers, and its start their ranks.
+    Where a schedule ends says which layers are to be Tucker layers, and its start their ranks.
     """
 
     def cut(rule: gt.Budget) -> list[gt.Truncation]:
-        if model is not None:
-            chosen = {candidate.module.weight: point for candidate, point in pairs}
-            rule = whole_model(rule, model, chosen, dense=True)
+        chosen = {candidate.module.weight: point for candidate, point in pairs}
+        rule = whole_model(rule, whole, chosen, dense=True)
         return gt.truncate([point for _, point in pairs], rule)
 
     points = [_decomposed(candidate, gt.Tolerance(0.0)) for candidate in candidates]

@@ -563,11 +563,15 @@ def test_a_schedule_chooses_layers_by_its_end_and_ranks_by_its_start(pattern: st
     assert 0.08 <= size() / dense <= 0.1  # in ranks
 
 
-def test_a_budget_in_a_mapping_is_for_the_layers_that_are_replaced() -> None:
+def test_a_budget_in_a_mapping_is_for_its_layers_be_they_replaced_or_not() -> None:
     model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 10, bias=False))
-    larger, smaller = plan(model, {"*": gt.Budget(parameters=0.9)}).layers
-    assert smaller.ranks is None and "would grow" in smaller.reason
-    assert 0.88 * larger.before <= larger.after <= 0.9 * larger.before
+    table = plan(model, {"*": gt.Budget(parameters=0.9)})
+    assert [row.ranks is None for row in table.layers] == [False, True]
+    assert 0.86 * table.before <= table.after <= 0.9 * table.before
+    schedule = gt.Budget(parameters=0.8, start=0.9, steps=3)
+    begun = plan(model, {"0": schedule, "1": gt.Budget(parameters=0.2)})
+    first, second = (row.after / row.before for row in begun.layers)
+    assert 0.88 <= first <= 0.9 and 0.1 < second <= 0.2
 
 
 def test_a_budget_is_one_for_the_whole_model() -> None:
