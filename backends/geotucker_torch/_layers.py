@@ -776,9 +776,8 @@ def _is_noise(weight: Tensor) -> bool:
     with without_autocast(weight):
         wide = weight.detach().double()
         wide = wide[wide.flatten(1).any(1)]
-        for mode in range(
-            wide.ndim if wide.ndim > 2 else 1
-        ):  # a matrix has one, but for transposes
+        modes = range(wide.ndim if wide.ndim > 2 else 1)  # those of a matrix are transposes
+        for mode in modes:
             matrix = wide.movedim(mode, 0).flatten(1)
             m, n = sorted(matrix.shape)
             gram = matrix @ matrix.mT if len(matrix) == m else matrix.mT @ matrix
