@@ -18,7 +18,7 @@ def stability(folder: Path) -> Figure:
     """Draw accuracy over the epochs from a good and from a badly conditioned start."""
     rows = longest(table(folder, "stability"))
     starts = grouped(rows, "start")
-    figure, axes = panels(len(starts), 3.0)
+    figure, axes = panels(len(starts), 3.4)
     for panel, ((start,), own) in zip(axes, starts, strict=True):
         for (method,), runs in grouped(own, "method"):
             color = colors(rows)[method]
@@ -31,7 +31,8 @@ def stability(folder: Path) -> Figure:
             )
         panel.set(title=f"{start} start", xlabel="epoch", ylim=(0, 100))
     axes[0].set_ylabel("test accuracy (%)")
-    axes[-1].legend(loc="lower right")
+    lines = {line.get_label(): line for panel in axes for line in panel.get_lines()}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3)
     return figure
 
 
@@ -116,7 +117,9 @@ def by_size(rows: Sequence[Row], where: str) -> Figure:
                 x, [np.nanmin(s) for _, s in points], [np.nanmax(s) for _, s in points], color
             )
         panel.set(title=f"{name}, {own[0]['data']}", xscale="log", xlabel="parameters kept")
-        panel.xaxis.set_major_formatter(lambda x, _: f"{100 * x:g} %")
+        shares = sorted({float(row["kept"]) for row in own} - {1.0})
+        panel.set_xticks(shares, [f"{100 * share:g} %" for share in shares])
+        panel.minorticks_off()
         panel.legend(fontsize=7, loc="lower right")
     axes[0].set_ylabel("test accuracy (%)")
     return figure

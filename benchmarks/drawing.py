@@ -28,8 +28,16 @@ STYLE: Any = {
 
 
 def table(folder: Path, name: str, **wanted: str) -> list[Row]:
-    """Read the rows of a table that have certain values."""
-    rows = read(folder / f"{name}.csv")
+    """Read the rows of a table that have certain values.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such table.
+    """
+    rows = read(path := folder / f"{name}.csv")
+    if not rows:
+        raise FileNotFoundError(path)
     return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 
 

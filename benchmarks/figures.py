@@ -51,8 +51,11 @@ def main(
     """Draw the figures."""
     out.mkdir(parents=True, exist_ok=True)
     for name in only.split(","):
-        save(name, tables, out / f"{name}.svg")
-        typer.echo(out / f"{name}.svg")
+        try:
+            save(name, tables, out / f"{name}.svg")
+            typer.echo(out / f"{name}.svg")
+        except FileNotFoundError as error:
+            typer.echo(f"{name}: left out, no table {error}")
 
 
 if __name__ == "__main__":
