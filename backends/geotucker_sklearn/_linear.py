@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 from scipy.special import log_expit, softmax
-from sklearn.base import ClassifierMixin, MultiOutputMixin, RegressorMixin
+from sklearn.base import ClassifierMixin, MultiOutputMixin, RegressorMixin, is_classifier
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted
 
@@ -44,8 +44,9 @@ class _Linear(TensorSamples):
 
     @property
     def coef_(self) -> Array:
-        """The coefficients, shape (p,) for p features, or (q, p) for q outputs."""
-        return gt.to_dense(self.point_).reshape(self.n_features_in_, *self._outputs).T
+        """The coefficients, shape (p,) for p features, or (q, p) for q outputs or classes."""
+        coefficients = gt.to_dense(self.point_).reshape(self.n_features_in_, *self._outputs).T
+        return np.atleast_2d(coefficients) if is_classifier(self) else coefficients
 
     @property
     def _outputs(self) -> tuple[int, ...]:
@@ -235,11 +236,6 @@ class TuckerClassifier(ClassifierMixin, _Linear):
     >>> model.score(X[1000:], y[1000:]) > 0.85, model.point_.size, model.coef_.size
     (True, 510, 640)
     """
-
-    @property
-    def coef_(self) -> Array:
-        """The coefficients, shape (1, p) for two classes and p features, or (q, p) for q."""
-        return np.atleast_2d(super().coef_)
 
     def fit(self, X: Any, y: Any) -> "TuckerClassifier":
         """Find the coefficients.
