@@ -19,9 +19,10 @@ def stability(folder: Path) -> Figure:
     rows = longest(table(folder, "stability"))
     starts = grouped(rows, "start")
     figure, axes = panels(len(starts), 3.4)
+    palette = colors(rows)
     for panel, ((start,), own) in zip(axes, starts, strict=True):
         for (method,), runs in grouped(own, "method"):
-            color = colors(rows)[method]
+            color = palette[method]
             epochs = [rows for _, rows in grouped(runs, "epoch")]
             scores = [column(rows, "test_accuracy") for rows in epochs]
             x = [int(rows[0]["epoch"]) for rows in epochs]
@@ -48,7 +49,7 @@ def fine_tuning(folder: Path) -> Figure:
     """
     rows = table(folder, "fine_tuning")
     most = f"{column(rows, 'images').max():.0f}"
-    return by_size(table(folder, "fine_tuning", images=most), "network")
+    return by_size([row for row in rows if row["images"] == most], "network")
 
 
 def time(folder: Path) -> Figure:
@@ -57,8 +58,9 @@ def time(folder: Path) -> Figure:
     chosen = [row for row in rows if row["kept"] in ("1.0", "0.02")]
     figure, (axes,) = panels(1, 3.4)
     figure.set_figwidth(6.0)
+    palette = colors(chosen)
     for (method,), runs in grouped(chosen, "method"):
-        own, color = best_rate(runs), colors(chosen)[method]
+        own, color = best_rate(runs), palette[method]
         axes.plot(column(own, "seconds"), column(own, "test_accuracy"), color=color, label=method)
     axes.set(xlabel="processor time of training (s)", ylabel="test accuracy (%)", ylim=(95, 99.6))
     axes.legend(fontsize=7, ncols=2, loc="lower right")
@@ -92,11 +94,12 @@ def by_size(rows: Sequence[Row], where: str) -> Figure:
     """Draw means over seeds against the share of the parameters, and from worst to best."""
     places = [(place, longest(own)) for place, own in grouped(rows, where)]
     figure, axes = panels(len(places), 4.4)
+    palette = colors(rows)
     figure.set_figwidth(max(6.0, 5.0 * len(places)))
     for panel, ((name,), own) in zip(axes, places, strict=True):
         dense = max(int(row["parameters"]) for row in own)
         for (method,), runs in grouped(own, "method"):
-            color, points = colors(rows)[method], []
+            color, points = palette[method], []
             for _, same in grouped(best_rate(runs), "kept"):
                 last = [run[-1] for _, run in grouped(same, "seed")]
                 scores = column(last, "test_accuracy")
