@@ -25,7 +25,7 @@ import torch
 import typer
 from methods import AS_TENSORS, METHODS, Method
 from networks import resnet18, vgg16
-from runs import fill
+from runs import by_run, fill
 from torch import nn
 from training import Epoch, Recipe, lenet5, row
 
@@ -126,10 +126,8 @@ def main(
     dense = [run._replace(kept=1.0) for run in runs if run.method == DENSE]
     runs = list(dict.fromkeys(dense + [run for run in runs if run.method != DENSE]))
     rows = fill(out, runs, partial(work, device=device), jobs)
-    asked = {tuple(map(str, run)) for run in runs}
-    for end in rows:
-        if tuple(end.values())[: len(Run._fields)] in asked and end["epoch"] == end["epochs"]:
-            typer.echo("{method}, {parameters} parameters, {test_accuracy} %".format(**end))
+    for *_, end in by_run(rows, runs).values():
+        typer.echo("{method}, {parameters} parameters, {test_accuracy} %".format(**end))
 
 
 if __name__ == "__main__":

@@ -24,14 +24,12 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
-from methods import METHODS, Method, tdlrt
+from methods import METHODS, Method, cut, tdlrt
 from networks import pretrained
-from runs import fill
+from runs import by_run, fill
 from torch import nn
 from training import Epoch, Recipe, accuracy, row, size, train
 
-import geotucker as gt
-from geotucker_torch import factorize
 from geotucker_torch._train._data import DataSet, load
 from geotucker_torch._train._fetch import data_folder
 
@@ -62,18 +60,13 @@ def untouched(model: nn.Module, kept: float, data: DataSet, recipe: Recipe) -> I
 
 def truncated(model: nn.Module, kept: float, data: DataSet, recipe: Recipe) -> Iterator[Epoch]:
     """Truncate to the budget, and train nothing."""
-    return untouched(_cut(model, kept), kept, data, recipe)
+    return untouched(cut(model, kept, rescale=False), kept, data, recipe)
 
 
 def descent(model: nn.Module, kept: float, data: DataSet, recipe: Recipe) -> Iterator[Epoch]:
     """Truncate to the budget, and descend on core and factors."""
-    model = _cut(model, kept).requires_grad_(True)
+    model = cut(model, kept, rescale=False).requires_grad_(True)
     return train(model, recipe.sgd(model), data, recipe)
-
-
-def _cut(model: nn.Module, kept: float) -> nn.Module:
-    """Return the nearest model of the size: the HOSVD of all weights, never scaled."""
-    return factorize(model, gt.Budget(parameters=kept), rescale=False, verbose=False)
 
 
 WHOLE: Mapping[str, Method] = {"as it came": untouched, "dense": METHODS["dense"]}
@@ -138,17 +131,11 @@ def main(
         for method in methods.split(";")
         for kept in ([1.0] if method in WHOLE else map(float, budgets.split(";")))
     ]
-    keys = {tuple(map(str, run)) for run in todo}
-    last = {key: row for row in fill(out, todo, work, jobs) if (key := _key(row)) in keys}
-    for found in last.values():
+    for *_, found in by_run(fill(out, todo, work, jobs), todo).values():
         typer.echo(
             f"{found['network']}, {found['method']}, {found['kept']}: {found['test_accuracy']} %, "
             f"{int(found['parameters']):,} parameters; {found['data']}"
         )
-
-
-def _key(row: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(row[name] for name in Run._fields)
 
 
 if __name__ == "__main__":

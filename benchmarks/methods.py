@@ -54,6 +54,14 @@ def tdlrt(
     return train(model, TDLRT(recipe.sgd(model), model, rule), data, recipe)
 
 
+def cut(
+    model: nn.Module, kept: float, tensorise: Any = None, rescale: bool | None = None
+) -> nn.Module:
+    """Return a network in Tucker format at ranks that a budget for all of it picks at once."""
+    rule = gt.Budget(parameters=kept)
+    return factorize(model, rule, tensorise=tensorise, rescale=rescale, verbose=False)
+
+
 def riemannian(model: nn.Module, kept: float, data: DataSet, recipe: Recipe) -> Iterator[Epoch]:
     """Descend along the Riemannian gradient at fixed ranks, with the HOSVD as retraction.
 
@@ -61,7 +69,7 @@ def riemannian(model: nn.Module, kept: float, data: DataSet, recipe: Recipe) -> 
     optimization, BIT 2014, sections 2 and 3, for a network: ranks are those that the budget picks
     at the start. Without momentum, which would have to be transported; the rate is the recipe's.
     """
-    model = factorize(model, gt.Budget(parameters=kept), verbose=False)
+    model = cut(model, kept)
     sgd = replace(recipe, momentum=0.0).sgd(model)
     optimizer = TDLRT(sgd, model, as_before, integrator="tangent", basis_every=1)
     return train(model, optimizer, data, recipe)
@@ -76,8 +84,8 @@ def plain_descent_by_budget(
     model: nn.Module, kept: float, data: DataSet, recipe: Recipe, tensorise: Any = None
 ) -> Iterator[Epoch]:
     """Descend on cores and factors as on any parameters, at the ranks of `tdlrt`'s rule."""
-    model = factorize(model, gt.Budget(parameters=kept), tensorise=tensorise, verbose=False)
-    return train(model.requires_grad_(True), recipe.sgd(model), data, recipe)
+    model = cut(model, kept, tensorise).requires_grad_(True)
+    return train(model, recipe.sgd(model), data, recipe)
 
 
 def fine_tuned(
@@ -96,9 +104,7 @@ def fine_tuned(
         seconds = epoch.seconds
     if math.isnan(seconds):  # diverged
         return
-    budget = gt.Budget(parameters=kept)
-    model = factorize(model, budget, tensorise=tensorise, rescale=False, verbose=False)
-    model.requires_grad_(True)
+    model = cut(model, kept, tensorise, rescale=False).requires_grad_(True)
     rest = range(half, recipe.epochs)
     yield from train(model, recipe.sgd(model), data, recipe, rest, seconds=seconds)
 

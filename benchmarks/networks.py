@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import geotucker as gt
-from geotucker_torch import TDLRT, factorize, plan
+from geotucker_torch import TDLRT, TuckerConv2d, TuckerLinear, factorize, plan
 from geotucker_torch._train._fetch import download, find
 from geotucker_torch._train._models import build
 
@@ -106,6 +106,15 @@ def at_compression(model: nn.Module, kept: float) -> tuple[nn.Module, float]:
     return factorize(model, gt.Fixed(low), exclude=first, verbose=False), low
 
 
+def convert(model: nn.Sequential, rank: int) -> nn.Sequential:
+    """Turn every layer into a Tucker layer, also where `factorize` would see no gain, in place."""
+    for i, layer in enumerate(model):
+        kind: Any = {nn.Conv2d: TuckerConv2d, nn.Linear: TuckerLinear}.get(type(layer))
+        if kind is not None:
+            model[i] = kind.from_dense(layer, rank)
+    return model
+
+
 def sgd(model: nn.Module) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
 
@@ -120,9 +129,7 @@ def trainings(
     """
     device = next(dense.parameters()).device
     small = at_compression(deepcopy(dense).cpu(), 0.1)[0].to(device)
-    plain = deepcopy(small)
-    for parameter in plain.parameters():
-        parameter.requires_grad_(True)
+    plain = deepcopy(small).requires_grad_(True)
     found: dict[str, tuple[nn.Module, torch.optim.Optimizer]] = {
         "dense": (dense, sgd(dense)),
         "descent on core and factors": (plain, sgd(plain)),

@@ -20,12 +20,13 @@ from typing import Annotated, NamedTuple
 
 import torch
 import typer
-from runs import fill
+from networks import convert
+from runs import by_run, fill
 from torch import nn
 from training import Recipe, train
 
 import geotucker as gt
-from geotucker_torch import TDLRT, TuckerConv2d, TuckerLinear
+from geotucker_torch import TDLRT
 from geotucker_torch._train._data import load
 from geotucker_torch._train._fetch import data_folder
 
@@ -95,14 +96,6 @@ def work(run: Run) -> Iterator[dict[str, str]]:
         yield {"test_accuracy": f"{epoch.test_accuracy:.2f}"}
 
 
-def convert(model: nn.Sequential, rank: int) -> None:
-    """Turn every layer into a Tucker layer, also where `factorize` would see no gain."""
-    for i, layer in enumerate(model):
-        kind = {nn.Conv2d: TuckerConv2d, nn.Linear: TuckerLinear}.get(type(layer))
-        if kind is not None:
-            model[i] = kind.from_dense(layer, rank)
-
-
 def main(
     jobs: Annotated[int, typer.Option(help="Runs side by side, one thread each.")] = 2,
     seeds: Annotated[int, typer.Option(help="Number of seeds.")] = 1,
@@ -114,11 +107,10 @@ def main(
         Run(*pair, start, network, seed)
         for seed, pair, start, network in product(range(seeds), pairs, STARTS, NETWORKS)
     ]
-    scores = {
-        tuple(row.values())[:-1]: float(row["test_accuracy"]) for row in fill(out, runs, work, jobs)
-    }
-    for run in runs:
-        dense, got = (scores[tuple(map(str, r))] for r in (run._replace(network="dense"), run))
+    found = by_run(fill(out, runs, work, jobs), runs)
+    scores = {run: float(row["test_accuracy"]) for run, (row,) in found.items()}
+    for run, got in scores.items():
+        dense = scores[run._replace(network="dense")]
         if dense > 80.0 and not got > 80.0:
             typer.echo(f"{', '.join(map(str, run))}: {got:.2f} %, dense {dense:.2f} %")
 

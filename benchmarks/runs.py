@@ -51,8 +51,8 @@ def fill(
             f"path: expected a table that begins with {', '.join(first)}, got {path} with "
             f"{', '.join(rows[0])}; move it away to begin a new one"
         )
-    done = {tuple(row.values())[: len(runs[0])] for row in rows}
-    todo = [run for run in runs if tuple(map(str, run)) not in done]
+    done = by_run(rows, runs)
+    todo = [run for run in runs if run not in done]
     with ProcessPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         started = [pool.submit(_rows, work, run) for run in todo]
         for ended in track(as_completed(started), path.stem, len(todo)):
@@ -61,6 +61,15 @@ def fill(
     for ended in started:
         ended.result()  # raises what ended it
     return read(path)
+
+
+def by_run(rows: Sequence[Row], runs: Sequence[R]) -> dict[R, list[Row]]:
+    """Return the rows that each of some runs has in a table, those of one without any left out."""
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row.values())[: len(runs[0])], []).append(row)
+    keys = {run: tuple(map(str, run)) for run in runs}
+    return {run: found[key] for run, key in keys.items() if key in found}
 
 
 def _add(path: Path, rows: Sequence[Row]) -> None:

@@ -21,7 +21,7 @@ from typing import Annotated, Any, NamedTuple
 import torch
 import typer
 from methods import START, budget
-from runs import fill
+from runs import by_run, fill
 from training import Recipe, lenet5, row, train
 
 import geotucker as gt
@@ -94,10 +94,8 @@ def main(
         for value in VALUES[setting]
         if setting != "seed" or seed == 0
     ]
-    for end in fill(out, runs, work, jobs):
-        if end["epoch"] == end["epochs"] == str(epochs):
-            text = "{setting} {value}: {parameters} parameters, {test_accuracy} %"
-            typer.echo(text.format(**end))
+    for *_, end in by_run(fill(out, runs, work, jobs), runs).values():
+        typer.echo("{setting} {value}: {parameters} parameters, {test_accuracy} %".format(**end))
 
 
 if __name__ == "__main__":

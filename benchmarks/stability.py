@@ -23,11 +23,12 @@ from typing import Annotated, Any, NamedTuple
 import torch
 import typer
 from decompositions import matrix, with_products
-from runs import fill
+from networks import convert
+from runs import by_run, fill
 from torch import nn
 from training import Epoch, Recipe, lenet5, row, train
 
-from geotucker_torch import TDLRT, TuckerConv2d, TuckerLinear, densify
+from geotucker_torch import TDLRT, TuckerModule, densify
 from geotucker_torch._train._data import DataSet, load
 from geotucker_torch._train._fetch import data_folder
 
@@ -49,13 +50,11 @@ class Run(NamedTuple):
 def network(start: str, seed: int) -> nn.Sequential:
     """Return LeNet-5 with all layers in Tucker format, at one of the two starts."""
     torch.manual_seed(seed)
-    model = lenet5()
-    for i, layer in enumerate(model):
-        kind: Any = {nn.Conv2d: TuckerConv2d, nn.Linear: TuckerLinear}.get(type(layer))
-        if kind is not None:
-            model[i] = kind.from_dense(layer, RANK)
-            if start == "decaying":
-                decay(model[i].core)
+    model = convert(lenet5(), RANK)
+    if start == "decaying":
+        for layer in model:
+            if isinstance(layer, TuckerModule):
+                decay(layer.core)
     return model
 
 
@@ -79,9 +78,7 @@ def dense(model: nn.Module, data: DataSet, recipe: Recipe) -> Iterator[Epoch]:
 
 def plain(model: nn.Module, data: DataSet, recipe: Recipe) -> Iterator[Epoch]:
     """Descend on cores and factors as on any parameters."""
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    return train(model, recipe.sgd(model), data, recipe)
+    return train(model.requires_grad_(True), recipe.sgd(model), data, recipe)
 
 
 def matrices(model: nn.Module, data: DataSet, recipe: Recipe) -> Iterator[Epoch]:
@@ -129,10 +126,12 @@ def main(
         Run(start, method, seed, epochs)
         for seed, method, start in product(range(seeds), chosen, STARTS)
     ]
-    rows = [r for r in fill(out, runs, work, jobs) if r["epoch"] == r["epochs"] == str(epochs)]
+    found = by_run(fill(out, runs, work, jobs), runs)
     for method, start in product(chosen, STARTS):
         ends = [
-            float(r["test_accuracy"]) for r in rows if (r["method"], r["start"]) == (method, start)
+            float(rows[-1]["test_accuracy"])
+            for run, rows in found.items()
+            if (run.method, run.start) == (method, start)
         ]
         typer.echo(f"{method}, {start}: {mean(ends):.2f} % ({min(ends):.2f} to {max(ends):.2f})")
 

@@ -32,7 +32,8 @@ from typing import Annotated, Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 import typer
-from robustness import convert, lenet
+from networks import convert
+from robustness import lenet
 from tables import write
 from theorem_figures import FEW, power
 from torch import Tensor, nn
@@ -124,9 +125,7 @@ def warmed(data: DataSet, steps: int, smooth: bool = False) -> nn.Sequential:
 
 def tucker(dense: nn.Sequential, rank: int, dtype: torch.dtype) -> nn.Sequential:
     """Return a copy of a network in Tucker format."""
-    model = copy.deepcopy(dense).to(dtype)
-    convert(model, rank)
-    return model
+    return convert(copy.deepcopy(dense).to(dtype), rank)
 
 
 def layers_of(model: nn.Module) -> list[TuckerModule]:

@@ -1,6 +1,5 @@
 """The experiments behind the documentation's pages of evidence run, on little."""
 
-import csv
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -98,6 +97,7 @@ def test_stability_by_all_methods(
 ) -> None:
     import figures
     import stability
+    import tables
 
     monkeypatch.setattr(stability, "load", lambda *_: digits)
     ordinary, decaying = (stability.network(start, 0) for start in stability.STARTS)
@@ -112,8 +112,7 @@ def test_stability_by_all_methods(
                 assert low < 2.0**j * float(values[j] / values[0]) < high
     path = tmp_path / "stability.csv"
     stability.main(jobs=1, seeds=1, epochs=1, methods="", out=path)
-    with path.open() as file:
-        rows = list(csv.DictReader(file))
+    rows = tables.read(path)
     assert [(row["start"], row["method"]) for row in rows] == [
         (start, method) for method in stability.METHODS for start in stability.STARTS
     ]
@@ -134,6 +133,7 @@ def test_compression_by_some_methods(
 ) -> None:
     import compression
     import figures
+    import tables
 
     monkeypatch.setattr(compression, "load", lambda *_: digits)
     path = tmp_path / "compression.csv"
@@ -145,8 +145,7 @@ def test_compression_by_some_methods(
     options |= {"seeds": 1, "device": "cpu", "methods": methods, "out": path}
     compression.main(rate=None, **options)
     compression.main(rate=0.1, **{**options, "methods": "SNIP", "kept": "0.02"})
-    with path.open() as file:
-        rows = list(csv.DictReader(file))
+    rows = tables.read(path)
     ends = [row for row in rows if row["epoch"] == "2"]
     assert len(rows) == 2 * len(ends) == 2 * (2 + 2 * 5)
     for row in ends:
@@ -167,14 +166,14 @@ def test_sensitivity_to_all_settings(
 ) -> None:
     import figures
     import sensitivity
+    import tables
 
     monkeypatch.setattr(sensitivity, "load", lambda *_: digits)
     ends = {name: (values[0], values[-1]) for name, values in sensitivity.VALUES.items()}
     monkeypatch.setattr(sensitivity, "VALUES", ends)
     path = tmp_path / "sensitivity.csv"
     sensitivity.main(jobs=1, seeds=1, epochs=1, settings=";".join(ends), out=path)
-    with path.open() as file:
-        rows = list(csv.DictReader(file))
+    rows = tables.read(path)
     assert [(row["setting"], row["value"]) for row in rows] == [
         (name, str(value)) for name, values in ends.items() for value in values
     ]
@@ -321,14 +320,14 @@ def test_figure_of_fine_tuning(tmp_path: Path) -> None:
 
 def test_the_theorems_are_measured_and_drawn(digits: DataSet, tmp_path: Path) -> None:
     import figures
+    import tables
     import theorems
 
     for name in theorems.PARTS:
         theorems.measure(name, digits, tmp_path, theorems.TOY)
 
     def rows(name: str) -> list[dict[str, str]]:
-        with (tmp_path / f"theorems_{name}.csv").open() as file:
-            return list(csv.DictReader(file))
+        return tables.read(tmp_path / f"theorems_{name}.csv")
 
     descent = rows("descent")
     assert len(descent) == 10 * theorems.TOY.descent
