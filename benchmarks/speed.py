@@ -6,8 +6,9 @@ Run from the root of the repository, with the extras ``train`` and ``tltorch`` i
 
 Single layers and whole networks have a tenth of the parameters of the dense ones. Layers are also
 compared with plain gradient descent on core and factors, by our layers and by those of
-tensorly-torch. Everything that is compared is timed in turns in one process, and
-there is one process for each number of threads. The gradient of the output is a fixed random
+tensorly-torch; inference by a convolution also where images are stored channels last, in and out.
+Everything that is compared is timed in turns in one process, and there is one process for each
+number of threads. The gradient of the output is a fixed random
 tensor: that of, say, a sum of squares would lie in the span of the output's basis, and new
 directions would be nothing but rounding. The table goes to ``benchmarks/results/speed.csv``;
 rows of other cases stay there. About an hour on two cores.
@@ -218,14 +219,16 @@ def layer_rows(case: Case, quick: bool, repeats: int) -> list[Row]:
     rows = training_rows(trainings, repeats)
     between = next(row for row in rows if row["method"] == "TDLRT between bases")
     assert between["linear_algebra"] == 0, "a step between changes of bases decomposes something"
-    tucker = trainings["TDLRT, default"].model.eval()
     models = {
         "dense": deepcopy(dense).eval(),
-        "Tucker layer": tucker,
+        "Tucker layer": trainings["TDLRT, default"].model.eval(),
         "tltorch factorized": trainings["tltorch factorized"].model.eval(),
-        "optimize_for_inference": optimize_for_inference(tucker, x, repeats=repeats, verbose=False),
     }
     rows += inference_rows(models, x, repeats)
+    if x.dim() == 4:  # as a convolution before it hands images on, once one stores them so
+        last = {"memory_format": torch.channels_last}
+        models = {name: deepcopy(model).to(**last) for name, model in models.items()}
+        rows += inference_rows(models, x.to(**last), repeats, "inference, channels last")
     return [{"ranks": ranks, **row} for row in rows]
 
 
@@ -242,12 +245,7 @@ def network_rows(case: Case, quick: bool, repeats: int) -> list[Row]:
         tensors = (training.x, training.gradient)
         peak = peak_bytes(training.timed, training.model, training.optimizer, tensors)
         row["peak_mib"] = round(peak / 2**20, 1)
-    models = {
-        "dense": dense.eval(),
-        "Tucker layers": model.eval(),
-        "optimize_for_inference": optimize_for_inference(model, x, repeats=repeats, verbose=False),
-    }
-    rows += inference_rows(models, x, repeats)
+    rows += inference_rows({"dense": dense.eval(), "Tucker layers": model.eval()}, x, repeats)
     return [{"ranks": f"Fixed({fraction:.4f})", **row} for row in rows]
 
 
@@ -266,14 +264,19 @@ def training_rows(trainings: dict[str, Training], repeats: int) -> list[Row]:
 
 
 @torch.no_grad()
-def inference_rows(models: dict[str, nn.Module], x: Tensor, repeats: int) -> list[Row]:
-    """Time the models on `x`."""
+def inference_rows(
+    models: dict[str, nn.Module], x: Tensor, repeats: int, phase: str = "inference"
+) -> list[Row]:
+    """Time the models on `x`, and what is made of the Tucker model for it."""
 
     def forward(model: nn.Module) -> Timed:
         return Timed(lambda: model(x))
 
+    tucker = next(model for name, model in models.items() if name.startswith("Tucker"))
+    optimised = optimize_for_inference(tucker, x, repeats=repeats, verbose=False)
+    models = {**models, "optimize_for_inference": optimised}
     times = interleaved({name: forward(model) for name, model in models.items()}, repeats)
-    return [_row("inference", name, model, times[name]) for name, model in models.items()]
+    return [_row(phase, name, model, times[name]) for name, model in models.items()]
 
 
 def _row(phase: str, method: str, model: nn.Module, times: Times) -> Row:
@@ -330,7 +333,7 @@ def show(rows: list[Row]) -> None:
             f"peak {row['peak_mib']} MiB" if "peak_mib" in row else "",
         ]
         typer.echo(
-            f"  {row['phase']:<9} {row['method']:<30} {row['wall_ms']:>10.2f} ms "
+            f"  {row['phase']:<24} {row['method']:<30} {row['wall_ms']:>10.2f} ms "
             f"{row['wall_ratio']:>7.3f} (cpu {row['cpu_ratio']:.3f})  "
             + ", ".join(filter(None, notes))
         )

@@ -30,7 +30,7 @@ def test_speed_of_a_layer_and_of_a_network(tmp_path: Path) -> None:
     subprocess.run(command, check=True, env=environment, timeout=200, stdout=subprocess.DEVNULL)
     with path.open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["case"] for row in rows] == ["conv128"] * 13 + ["vgg16"] * 5
+    assert [row["case"] for row in rows] == ["conv128"] * 17 + ["vgg16"] * 5
     for row in rows:
         assert float(row["wall_ms"]) > 0
         assert float(row["cpu_ms"]) > 0
@@ -41,6 +41,8 @@ def test_speed_of_a_layer_and_of_a_network(tmp_path: Path) -> None:
         assert bool(row["moving_bases"]) == bool(row["linear_algebra"]) == ours
         assert bool(row["peak_mib"]) == (row["case"] == "vgg16" and row["phase"] == "training")
     sizes = {row["method"]: int(row["parameters"]) for row in rows if row["case"] == "vgg16"}
+    phases = {row["phase"] for row in rows if row["case"] == "conv128"}
+    assert phases == {"training", "inference", "inference, channels last"}
     assert 0.095 < sizes["Tucker layers"] / sizes["dense"] <= 0.1
 
 
