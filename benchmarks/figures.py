@@ -32,6 +32,7 @@ FIGURES: dict[str, Callable[[Path], Figure]] = {
     "theorems_convergence": theorem_figures.convergence,
     "theorems_approximation": theorem_figures.approximation,
     "theorems_spectra": theorem_figures.spectra,
+    "truncation": theorem_figures.truncation,
 }
 
 

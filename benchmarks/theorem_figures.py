@@ -1,4 +1,4 @@
-"""Figures of the theorems, from the tables of `theorems`."""
+"""Figures of the theory, from the tables of `theorems` and `truncation`."""
 
 from pathlib import Path
 from typing import Any
@@ -124,3 +124,17 @@ def spectra(folder: Path) -> Figure:
 def power(x: np.ndarray, y: np.ndarray) -> float:
     """Return the power of x by which y grows: least squares of the logarithms."""
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
+
+
+def truncation(folder: Path) -> Figure:
+    """Rank rules: what truncations cost the loss, against what was expected."""
+    figure, (axes,) = panels(1)
+    figure.set_figwidth(4.2)
+    layers = grouped(table(folder, "truncation"), "layer")
+    for ((layer,), rows), color in zip(layers, (BLUE, GREEN, RED, PINK), strict=False):
+        x, y = column(rows, "expected"), column(rows, "measured")
+        axes.plot(x[y > 0], y[y > 0], "o", color=color, label=f"layer {layer}", alpha=0.7)
+    axes.axline((1e-3, 1e-3), (1.0, 1.0), color=GREY, linewidth=0.8)
+    axes.set(xscale="log", yscale="log", xlabel="expected rise of the loss", ylabel="measured")
+    axes.legend()
+    return figure

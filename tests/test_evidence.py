@@ -1,5 +1,6 @@
 """The experiments behind the documentation's pages of evidence run, on little."""
 
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -353,6 +354,26 @@ def test_the_theorems_are_measured_and_drawn(digits: DataSet, tmp_path: Path) ->
     for name in names:
         one, two = ((tmp_path / folder / f"{name}.svg").read_bytes() for folder in ("one", "two"))
         assert one.startswith(b"<?xml") and one == two
+
+
+def test_truncations_cost_what_is_expected(
+    digits: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import figures
+    import tables
+    import truncation
+
+    monkeypatch.setattr(truncation, "load", lambda *_: digits)
+    truncation.main(epochs=1, out=tmp_path / "truncation.csv")
+    rows = tables.read(tmp_path / "truncation.csv")
+    layers = {row["layer"]: int(row["mode"]) for row in rows}
+    assert layers == {"3": 3, "7": 3, "9": 2}  # the last mode of each
+    for row in rows:
+        assert 1 <= int(row["rank"]) < int(row["of"])
+        ratio = float(row["expected"]) / max(float(row["attenuation"]), 1e-6)
+        assert 0.0 < ratio < 100.0 and math.isfinite(float(row["measured"]))
+    (axes,) = figures.FIGURES["truncation"](tmp_path).axes
+    assert axes.get_xscale() == axes.get_yscale() == "log"
 
 
 @given(*(st.floats(0.01, 3.0) for _ in range(4)))

@@ -1,5 +1,6 @@
 """The optimizer TDLRT: any torch optimizer as the one-step integrator of Tucker cores."""
 
+import dataclasses
 import math
 import time
 import weakref
@@ -15,7 +16,8 @@ from torch.optim import Optimizer
 import geotucker as gt
 from geotucker._geometry import gauge, right_bases_of
 from geotucker._hosvd import follow
-from geotucker._integrators._base import allowances
+from geotucker._integrators._base import observed
+from geotucker._ranks import Sensitivities
 
 from ._collectives import phase
 from ._finite import Largest, check_finite, largest_of
@@ -207,6 +209,7 @@ class TDLRT(Optimizer):
         # What it has left them at: other ranks later come from a model that was loaded since.
         self._left = self.ranks
         self._history = RankHistory({name: (ranks,) for name, ranks in self._left.items()})
+        self._sensitivities = Sensitivities()
         self.one_pass = one_pass
         self._arm()
         # Without this optimizer nobody would truncate what they extend.
@@ -282,6 +285,7 @@ class TDLRT(Optimizer):
             "steps": self._steps,
             "ranks": {slot.name: slot.settled_ranks for slot in self._slots},
             "history": self._history.state(),
+            "sensitivities": dataclasses.asdict(self._sensitivities),
             "loss_scales": {name: float(layer.loss_scale) for name, layer in layers.items()},
             **self._rules.state(),
         }
@@ -308,6 +312,7 @@ class TDLRT(Optimizer):
             steps, rules = int(own["steps"]), self._rules.with_state(own)
             history = RankHistory.of_state(own["history"])
             scales = {name: float(scale) for name, scale in own["loss_scales"].items()}
+            sensitivities = Sensitivities(**own.get("sensitivities", {}))
             _check_shapes(state_dict, self.wrapped, self._slots)
         except (AttributeError, LookupError, TypeError) as error:
             raise ValueError(
@@ -315,6 +320,7 @@ class TDLRT(Optimizer):
             ) from error
         self.wrapped.load_state_dict({k: v for k, v in state_dict.items() if k != "tdlrt"})
         self._steps, self._rules, self._history = steps, rules, history
+        self._sensitivities = sensitivities
         self._left = {slot.name: slot.settled_ranks for slot in self._slots}
         if self.peers is not None:
             self.peers.steps = steps
@@ -369,7 +375,7 @@ class TDLRT(Optimizer):
                 "calls backward and returns the loss; got None. The bases of "
                 f"{', '.join(slot.name for slot in foreign)} are extended between two passes of it"
             )
-        loss = None
+        loss, sensitivities = None, self._sensitivities
         with restored_if_it_fails(self, self._slots), torch.no_grad():
             previous = [slot.settled_ranks for slot in slots]
             self._forget_other_ranks(slots)
@@ -394,12 +400,13 @@ class TDLRT(Optimizer):
                 moves = list(map(_Move, slots, previous, before))
                 ruled = [move for move in moves if self._rules.owner(move.slot.name) is not None]
                 free = [move for move in moves if self._rules.owner(move.slot.name) is None]
-                self._write_cuts([*self._truncate(ruled), *self._follow(free, right)])
+                facts, sensitivities = self._facts(ruled)
+                self._write_cuts([*self._truncate(ruled, facts), *self._follow(free, right)])
                 bases += time.perf_counter()
                 if self.peers is not None:
                     self.peers.agree(self.state)
             self._steps += 1
-            self._left = self.ranks
+            self._left, self._sensitivities = self.ranks, sensitivities
             self._history = self._history.after(self._steps, self._left)
             self._arm()
         self._tell("the time between steps")
@@ -537,11 +544,31 @@ class TDLRT(Optimizer):
         cuts = follow(points, [move.previous for move in moves], own)
         return [(move.slot, cut) for move, cut in zip(moves, cuts, strict=True)]
 
-    def _truncate(self, moves: "Sequence[_Move]") -> "list[tuple[Slot, gt.Truncation]]":
+    def _facts(self, moves: "Sequence[_Move]") -> tuple[list[gt.Facts], Sensitivities]:
+        """Return what rank rules may want to know, and the sensitivities with those of now."""
+        graded = [move for move in moves if move.slot.core.grad is not None]
+        found = observed(
+            [move.before for move in graded],
+            [move.slot.core.grad for move in graded],
+            [move.slot.core.detach() - move.before for move in graded],
+            [move.previous for move in graded],
+        )
+        now = {move.slot.name: facts for move, facts in zip(graded, found, strict=True)}
+        seen = self._sensitivities.after({n: facts.sensitivity for n, facts in now.items()})
+        return [
+            now.get(move.slot.name, gt.Facts(move.previous))._replace(
+                flops=flops_of(move.slot), sensitivity=seen.means.get(move.slot.name)
+            )
+            for move in moves
+        ], seen
+
+    def _truncate(
+        self, moves: "Sequence[_Move]", facts: Sequence[gt.Facts]
+    ) -> "list[tuple[Slot, gt.Truncation]]":
         """Truncate cores by the rule."""
         rule = self._rules.in_force(self._steps, [move.slot.name for move in moves])
         points = [move.slot.point for move in moves]
-        cuts = gt.truncate(points, rule, _facts(moves))
+        cuts = gt.truncate(points, rule, facts)
         return [(move.slot, cut) for move, cut in zip(moves, cuts, strict=True)]
 
     def _write_cuts(self, cuts: "Sequence[tuple[Slot, gt.Truncation]]") -> None:
@@ -618,15 +645,6 @@ class _Move(NamedTuple):
     slot: Slot
     previous: tuple[int, ...]
     before: Tensor
-
-
-def _facts(moves: Sequence[_Move]) -> list[gt.Facts]:
-    """Return what rank rules may want to know."""
-    pairs = [(m.slot.core.grad, m.slot.core.detach() - m.before) for m in moves]
-    known = [i for i, (gradient, _) in enumerate(pairs) if gradient is not None]
-    paid = allowances([pairs[i][0] for i in known], [pairs[i][1] for i in known])
-    by_move = dict(zip(known, paid, strict=True))
-    return [gt.Facts(m.previous, by_move.get(i), flops_of(m.slot)) for i, m in enumerate(moves)]
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from .._geometry import Gradient, augment
 from .._hosvd import truncate
 from .._moments import carry, lift, zero
 from .._ops import Array
-from .._ranks import Facts, RankRule, Ranks, in_force
+from .._ranks import Facts, RankRule, Ranks, in_force, sensitivity
 from .._tensor import TuckerPoint, TuckerTangent, check_finite, check_like, pair_of
 
 __all__ = ["CoreScheme", "Euler", "Evaluate", "HeavyBall", "Report", "State", "StepResult"]
@@ -226,8 +226,7 @@ def finish(
     core, moments = settings.scheme(wide.core, gradient, settings.rate(state), moments)
     check_like(core, wide.core, "core after the step")
     check_finite(core, "core after the step")
-    (paid,) = allowances([gradient], [core - wide.core])
-    facts = Facts(previous, paid)
+    (facts,) = observed([wide.core], [gradient], [core - wide.core], [previous])
     rule = in_force(ranks, state.step)
     end = TuckerPoint(core, wide.factors)
     (cut,) = truncate([end], rule, [facts])
@@ -237,8 +236,27 @@ def finish(
     return StepResult(cut.point, State(state.step + 1, carried), report)
 
 
-def allowances(gradients: Sequence[Array], steps: Sequence[Array]) -> list[float]:
-    """Return ``max(0, -<gradient, step>) / ||gradient||`` of all tensors: see `Facts`."""
-    descents = _ops.floats([_ops.component(g, s) for g, s in zip(gradients, steps, strict=True)])
-    # A huge core may overflow.
-    return [max(-descent, 0.0) if math.isfinite(descent) else 0.0 for descent in descents]
+def observed(
+    cores: Sequence[Array],
+    gradients: Sequence[Array],
+    steps: Sequence[Array],  # all three shaped as the wide cores, before the step
+    previous: Sequence[Ranks],
+) -> list[Facts]:
+    """Return what rank rules are told of a step, with one question to the device.
+
+    The allowance is ``max(0, -<gradient, step>) / ||gradient||``. The sensitivity is that of this
+    step alone, in the bases before they were extended: most of a wider gradient may not be known.
+    """
+    narrow = [_ops.leading(g, ranks) for g, ranks in zip(gradients, previous, strict=True)]
+    descents = map(_ops.component, gradients, steps)
+    norms = map(_ops.plain_norm, (*cores, *narrow))
+    numbers = iter(_ops.floats([*descents, *norms]))
+    allowed, sizes, slopes = ([next(numbers) for _ in cores] for _ in range(3))
+    return [
+        Facts(
+            ranks,
+            max(-descent, 0.0) if math.isfinite(descent) else 0.0,  # a huge core may overflow
+            sensitivity=sensitivity(size, slope, math.prod(ranks)),
+        )
+        for ranks, descent, size, slope in zip(previous, allowed, sizes, slopes, strict=True)
+    ]

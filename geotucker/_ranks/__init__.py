@@ -20,6 +20,7 @@ from ._base import (
 from ._budget import Budget
 from ._descent import DescentSafe
 from ._modes import Fixed, Growing, Tolerance, as_rule
+from ._sensitivity import Sensitivities, sensitivity
 
 __all__ = [
     "Budget",
@@ -31,11 +32,13 @@ __all__ = [
     "ModeRule",
     "RankRule",
     "Ranks",
+    "Sensitivities",
     "Spectrum",
     "Tolerance",
     "Values",
     "as_rule",
     "choose",
     "in_force",
+    "sensitivity",
     "tail_norms",
 ]

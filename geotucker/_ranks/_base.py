@@ -59,11 +59,15 @@ class Facts(NamedTuple):
         Truncation error, as a Frobenius norm, that the step's own predicted descent pays for.
     flops : Cost, optional
         Operations of the layer, for ``Budget(flops=...)``.
+    sensitivity : float, optional
+        What a relative error of the tensor costs the objective, per square, in a unit that all
+        tensors share: see `geotucker._ranks._sensitivity`.
     """
 
     previous: Ranks | None = None
     allowance: float | None = None
     flops: Cost | None = None
+    sensitivity: float | None = None
 
 
 class Spectrum(NamedTuple):

@@ -27,6 +27,7 @@ __all__ = ["Budget"]
 Unit: TypeAlias = Literal["parameters", "flops", "bytes"]
 
 USED = 0.99  # share of a fraction that is aimed at, and that previous ranks must use to stay
+LEAST = 1e-3  # heuristic: a tensor without gradients, as of a dead layer, is not given up
 MORE = 0.5  # heuristic: by so much worse may ranks be that reach the aim, see `leeway`
 
 
@@ -40,6 +41,10 @@ class Budget:
     singular values s_ij of mode i: relative to each tensor, so that the scale of a layer does not
     matter, and no layer becomes a bottleneck. (A heuristic: layers, and the modes of a tensor, are
     taken as independent.)
+
+    Where the caller knows how sensitive the objective is to an error of each tensor (`Facts`), as
+    the PyTorch binding does from gradients so far, ``kept_i`` has the tensor's sensitivity as
+    exponent, divided by the mean of all: ranks go where they matter.
 
     The *attenuation* of a tensor, ``-sum_i log(kept_i)``, is at least ``sum_i (1 - kept_i)``, which
     bounds its squared relative truncation error (De Lathauwer, De Moor, Vandewalle 2000, Property
@@ -177,9 +182,10 @@ class Budget:
         dense = sum(amount for _, amount in prices)
         amount = self._amount
         budget = amount * dense if _is_fraction(amount) else amount
+        exponents = _exponents([spectrum.facts.sensitivity for spectrum in spectra])
         tensors = [
-            self._tensor(spectrum, cost)
-            for spectrum, (cost, _) in zip(spectra, prices, strict=True)
+            self._tensor(spectrum, cost, exponent)
+            for spectrum, (cost, _), exponent in zip(spectra, prices, exponents, strict=True)
         ]
         least = sum(_cost(tensor, tensor.lower) for tensor in tensors)
         if least > budget:
@@ -231,14 +237,29 @@ class Budget:
 
         return entries, unit * math.prod(shape)
 
-    def _tensor(self, spectrum: Spectrum, cost: Callable[[Ints], Ints]) -> Tensor:
+    def _tensor(self, spectrum: Spectrum, cost: Callable[[Ints], Ints], exponent: float) -> Tensor:
         counts = [len(values) for values in spectrum.values]
         floors = [min(self.floor, count) for count in counts]
         caps = [count if self.cap is None else min(self.cap, count) for count in counts]
         upper = feasible(caps, spectrum.shape)
         lower = feasible([min(f, u) for f, u in zip(floors, upper, strict=True)], spectrum.shape)
-        losses = tuple(_attenuations(values, spectrum.itemsize) for values in spectrum.values)
+        losses = tuple(
+            exponent * _attenuations(values, spectrum.itemsize) for values in spectrum.values
+        )
         return Tensor(lower, upper, losses, cost)
+
+
+def _exponents(sensitivities: Sequence[float | None]) -> list[float]:
+    """Return the sensitivities divided by their mean, which counts where none is known."""
+    known = [number for number in sensitivities if number is not None]
+    for number in known:
+        if not (math.isfinite(number) and number >= 0.0):
+            raise RankError(f"sensitivity: expected a finite number of at least 0, got {number}")
+    mean = sum(known) / len(known) if known else 0.0
+    if mean == 0.0:
+        return [1.0] * len(sensitivities)
+    relative = [1.0 if number is None else number / mean for number in sensitivities]
+    return [max(number, LEAST) for number in relative]
 
 
 def _attenuations(values: Values, itemsize: int) -> Floats:

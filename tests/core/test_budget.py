@@ -103,6 +103,43 @@ def test_small_networks_get_the_optimum(problem, share, floor, data):
     assert loss == pytest.approx(best(tables, budget), rel=1e-12, abs=1e-13)
 
 
+@given(problem=spectra(), share=st.floats(0.0, 1.1), data=st.data())
+def test_small_networks_get_the_optimum_for_their_sensitivities(problem, share, data):
+    numbers = st.lists(st.floats(0.05, 20.0), min_size=len(problem), max_size=len(problem))
+    sensitivities = data.draw(numbers)
+    exponents = [number / np.mean(sensitivities) for number in sensitivities]
+    costs = costs_of(problem)
+    tables = [
+        [choice._replace(loss=exponent * choice.loss) for choice in choices(s, cost)]
+        for s, cost, exponent in zip(problem, costs, exponents, strict=True)
+    ]
+    least, most = (sum(f(c.cost for c in table) for table in tables) for f in (min, max))
+    budget = least + int(share * (most - least))
+    ranks = gt.Budget(parameters=budget)(with_sensitivities(problem, sensitivities))
+    pairs = list(zip(problem, ranks, strict=True))
+    loss = sum(e * attenuation(s, r) for e, (s, r) in zip(exponents, pairs, strict=True))
+    assert sum(size(s.shape, r) for s, r in pairs) <= budget
+    assert loss == pytest.approx(best(tables, budget), rel=1e-12, abs=1e-13)
+
+
+def with_sensitivities(problem, sensitivities):
+    pairs = zip(problem, sensitivities, strict=True)
+    return [s._replace(facts=s.facts._replace(sensitivity=number)) for s, number in pairs]
+
+
+@given(problem=spectra(), share=st.floats(0.1, 1.0), scale=st.floats(1e-100, 1e100))
+def test_only_ratios_of_sensitivities_matter(problem, share, scale):
+    rule = gt.Budget(parameters=share)
+    dense = sum(math.prod(s.shape) for s in problem)
+    if sum(size(s.shape, (1,) * len(s.shape)) for s in problem) > share * dense:
+        return
+    alike = [scale] * len(problem)
+    assert rule(with_sensitivities(problem, alike)) == rule(problem)
+    # What is not known counts as the mean of the others.
+    assert rule(with_sensitivities(problem, [*alike[1:], None])) == rule(problem)
+    assert rule(with_sensitivities(problem, [0.0] * len(problem))) == rule(problem)
+
+
 @given(problem=spectra(), shares=st.tuples(st.floats(0.0, 1.0), st.floats(0.0, 1.0)))
 def test_a_larger_budget_attenuates_less(problem, shares):
     costs = costs_of(problem)
@@ -385,6 +422,15 @@ def test_ranks_go_where_the_energy_is():
     assert gt.Budget(parameters=4 * 24)(scaled) == gt.Budget(parameters=4 * 24)(problem)
 
 
+def test_ranks_go_where_the_loss_is_sensitive():
+    flat = gt.Spectrum((10, 10), (np.ones(8), np.ones(8)))
+    ranks = gt.Budget(parameters=6 * 24)(with_sensitivities([flat, flat], [1.0, 5.0]))
+    assert ranks[0][0] < ranks[1][0]
+    # Without gradients, as behind a dead layer, a tensor counts little, and is not given up.
+    ranks = gt.Budget(parameters=12 * 24)(with_sensitivities([flat, flat], [0.0, 5.0]))
+    assert ranks == [(2, 2), (8, 8)]
+
+
 def test_no_layer_becomes_a_bottleneck():
     # A rank of the wide layer costs 1300 and adds 1 / 500 to what it keeps: the sum of all that is
     # kept would be largest with rank 1, where a 500th arrives.
@@ -532,6 +578,10 @@ ERRORS = {
         lambda: gt.Budget(bytes=0.2, floor=2)(SQUARE),
         "bytes: expected at least 704 (0.44 of the dense tensors' 1600), which the least ranks "
         "take with floor = 2, got 0.2 (320)",
+    ),
+    "sensitivity": (
+        lambda: gt.Budget(parameters=0.5)(with_sensitivities(SQUARE, [1.0, -1.0])),
+        "sensitivity: expected a finite number of at least 0, got -1.0",
     ),
     "no operations": (
         lambda: gt.Budget(flops=0.5)(SQUARE),

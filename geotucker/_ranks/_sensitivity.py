@@ -1,0 +1,62 @@
+"""How much an error of each tensor of a network costs the loss, learnt from its gradients.
+
+Let g be the gradient of one sample's loss. Where the mean of g is small, as it is in training, an
+error E raises the loss by about ``1/2 E^T H E``, and for a likelihood the Hessian is near the
+Fisher information ``E[g g^T]`` (Theis, Korshunova, Tejani, Huszar 2018, arXiv:1801.05787). Taken
+as a multiple of the identity for each tensor, that is ``1/2 ||E||^2 mean(g^2)``: a relative error e
+costs ``e^2 s / 2`` with ``s = ||W||^2 mean(g^2)``. Only ratios between tensors matter, so the
+gradient of a batch serves as well, whose variance is that of a sample divided by the size of the
+batch, and so does a scaled loss. In the bases of a Tucker tensor W and g are its core and the
+gradient of that, and s is the same in any gauge.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+__all__ = ["Sensitivities", "sensitivity"]
+
+MEMORY = 100  # heuristic: samples that the mean goes back
+
+
+def sensitivity(norm: float, gradient_norm: float, entries: int) -> float | None:
+    """Return ``||C||^2 mean(G^2)`` of a core of so many entries; None if it is no finite number.
+
+    Examples
+    --------
+    >>> sensitivity(5.0, 0.2, 4)
+    0.25
+    """
+    found = (norm * gradient_norm) * (norm * gradient_norm) / max(entries, 1)
+    return found if math.isfinite(found) else None
+
+
+@dataclass(frozen=True)
+class Sensitivities:
+    """Running means, by name: of all values at first, then of about the last hundred.
+
+    Parameters
+    ----------
+    means : mapping of str to float
+    counts : mapping of str to int
+        How many values each mean is of, at most `MEMORY`.
+    """
+
+    means: Mapping[str, float] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+    def after(self, values: Mapping[str, float | None]) -> "Sensitivities":
+        """Return the means with one more value for some names, where there is one.
+
+        Examples
+        --------
+        >>> Sensitivities().after({"fc": 1.0}).after({"fc": 3.0, "conv": None}).means
+        {'fc': 2.0}
+        """
+        means, counts = dict(self.means), dict(self.counts)
+        for name, value in values.items():
+            if value is not None:
+                count = min(counts.get(name, 0) + 1, MEMORY)
+                mean = means.get(name, 0.0)
+                means[name], counts[name] = mean + (value - mean) / count, count
+        return Sensitivities(means, counts)
