@@ -33,7 +33,7 @@ from geotucker_torch import (
 from geotucker_torch._collectives import exchange, fingerprint, phase
 from geotucker_torch._sections import _digest
 
-from . import workers
+from .processes import SCENARIOS, checkpoints, trainings
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
@@ -44,7 +44,7 @@ TOLERANCE = 1e-9
 FIRST = ["4:momentum", "4:saved", "1:saved_parts", "2:saved_parts"]
 OTHERS = ["4:resumed parts of 2", "1:resumed parts of 2", "4:killed in backward"]
 ELSEWHERE = {"saved", "saved_parts", "resumed parts of 2"}
-JOBS = FIRST + OTHERS + [f"2:{name}" for name in workers.SCENARIOS if name not in ELSEWHERE]
+JOBS = FIRST + OTHERS + [f"2:{name}" for name in SCENARIOS if name not in ELSEWHERE]
 
 Results = Callable[..., list[Any]]
 
@@ -53,11 +53,17 @@ Results = Callable[..., list[Any]]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run everything that needs several processes, in one program."""
     folder = tmp_path_factory.mktemp("workers")
-    path = [str(Path(workers.__file__).parent), *sys.path]
+    path = [str(Path(__file__).parent), *sys.path]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)}
-    program = [sys.executable, "-W", "ignore", workers.__file__, str(folder), *JOBS]
-    done = subprocess.run(
-        program, env=environment, capture_output=True, text=True, timeout=240, check=False
+    program = [sys.executable, "-W", "ignore", "-m", "processes", str(folder), *JOBS]
+    done = subprocess.run(  # in another folder, since what is in this one can be imported there
+        program,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
@@ -84,22 +90,22 @@ def assert_alike(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
         assert all(map(torch.equal, result["arrays"], found[0]["arrays"]))
 
 
-@pytest.mark.parametrize("name", workers.TRAININGS)
+@pytest.mark.parametrize("name", trainings.TRAININGS)
 def test_two_processes_train_as_one(name: str, results: Results) -> None:
-    expected = workers.train(0, 1, **workers.TRAININGS[name])
+    expected = trainings.train(0, 1, **trainings.TRAININGS[name])
     assert any(len(set(ranks.values())) > 1 for ranks in expected["history"].values())
     assert_alike(results(name), expected)
 
 
 def test_four_processes_train_as_one(results: Results) -> None:
-    assert_alike(results("momentum", 4), workers.train(0, 1))
+    assert_alike(results("momentum", 4), trainings.train(0, 1))
 
 
 def test_four_processes_save_what_two_and_one_resume(folder: Path, results: Results) -> None:
-    expected = workers.train(0, 1, kind="adam")
+    expected = trainings.train(0, 1, kind="adam")
     assert all(isinstance(result, dict) for result in results("saved", 4))
     assert_alike(results("resumed"), expected)
-    assert_alike([workers.resumed(folder, 0, 1)], expected)
+    assert_alike([checkpoints.resumed(folder, 0, 1)], expected)
 
 
 def assert_resumed(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
@@ -113,15 +119,15 @@ def test_models_in_parts_are_resumed_by_other_numbers_of_processes(
     saved: int, resumed: int, results: Results
 ) -> None:
     assert all(isinstance(result, dict) for result in results("saved_parts", saved))
-    expected = workers.train(0, 1, **workers.PARTS)
+    expected = trainings.train(0, 1, **checkpoints.PARTS)
     assert_resumed(results(f"resumed parts of {saved}", resumed), expected)
 
 
 def test_what_was_in_parts_is_resumed_whole_and_the_reverse(folder: Path, results: Results) -> None:
-    expected = workers.train(0, 1, **workers.PARTS)
-    assert_resumed([workers.resumed_parts("parts of 2")(folder, 0, 1)], expected)
+    expected = trainings.train(0, 1, **checkpoints.PARTS)
+    assert_resumed([checkpoints.resumed_parts("parts of 2")(folder, 0, 1)], expected)
     assert load_checkpoint(folder / "parts of 2") == {"step": 3, "rank": 0}
-    assert_alike(results("resumed checkpoint"), workers.train(0, 1, kind="adam"))
+    assert_alike(results("resumed checkpoint"), trainings.train(0, 1, kind="adam"))
 
 
 def test_a_folder_holds_one_checkpoint(folder: Path) -> None:
@@ -243,12 +249,12 @@ def test_a_process_killed_while_parts_are_saved_leaves_the_last_checkpoint(
     message = torch.load(folder / f"killed with {killed}.2.{survivor}")
     assert message.startswith(f"ProcessError checkpoint: process {survivor} of 2 has lost")
     assert f"Last heard of: process {1 - survivor} in checkpoint after step 1." in message
-    assert load_checkpoint(folder / f"parts before {killed}", workers.network()) == {"step": 1}
+    assert load_checkpoint(folder / f"parts before {killed}", trainings.network()) == {"step": 1}
 
 
 @pytest.mark.parametrize("name", ["unused_layers", "unused_layers alone"])
 def test_layers_that_some_or_all_processes_leave_out(name: str, results: Results) -> None:
-    expected = workers.unused_layers(0, 1)
+    expected = trainings.unused_layers(0, 1)
     for result in results(name):
         assert isinstance(result, dict), result
         torch.testing.assert_close(result["weight"], expected["weight"], rtol=0, atol=TOLERANCE)
@@ -270,7 +276,7 @@ def test_nan_in_a_part_of_one_process_stops_the_step_on_all(results: Results) ->
 
 
 def test_processes_that_truncate_differently_take_what_the_first_has(results: Results) -> None:
-    assert_alike(results("other_truncation"), workers.train(0, 1, kind="adam"))
+    assert_alike(results("other_truncation"), trainings.train(0, 1, kind="adam"))
 
 
 def test_a_process_is_back_when_a_save_is_refused(results: Results) -> None:
@@ -323,7 +329,7 @@ def test_groups(results: Results) -> None:
     # A group of one trains alone, from a start of its own.
     for rank, result in enumerate(results("other_groups")):
         torch.manual_seed(rank)
-        expected = workers.train(0, 1)
+        expected = trainings.train(0, 1)
         torch.testing.assert_close(result["weights"], expected["weights"], rtol=0, atol=TOLERANCE)
 
 
@@ -352,7 +358,7 @@ def test_a_killed_process_ends_the_others_with_an_error_that_says_where_it_was(
     assert message.startswith(f"ProcessError {waited}: process {survivor} of 2 has lost the others")
     assert f"Last heard of: process {1 - survivor} in {killed} after step {step}. Here" in message
     if killed != "start":  # what was saved last is whole
-        assert load_checkpoint(folder / f"before {killed}", workers.network()) == {"step": 1}
+        assert load_checkpoint(folder / f"before {killed}", trainings.network()) == {"step": 1}
 
 
 def test_of_several_survivors_each_says_where_the_killed_one_was(folder: Path) -> None:
@@ -420,9 +426,9 @@ def test_distribute_refuses_what_is_no_model() -> None:
 
 
 def test_a_group_without_torch_distributed_is_refused() -> None:
-    model = workers.network()
+    model = trainings.network()
     with pytest.raises(ValueError, match=r"process_group: expected None without"):
-        TDLRT(workers.OPTIMIZERS["sgd"](model), model, process_group="gloo")
+        TDLRT(trainings.OPTIMIZERS["sgd"](model), model, process_group="gloo")
 
 
 class Store(dist.HashStore):
