@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import geotucker as gt
 from geotucker_torch import (
     TDLRT,
     CheckpointError,
@@ -33,7 +34,7 @@ from geotucker_torch import (
 from geotucker_torch._collectives import exchange, fingerprint, phase
 from geotucker_torch._sections import _digest
 
-from .processes import SCENARIOS, checkpoints, trainings
+from .processes import SCENARIOS, checkpoints, faults, trainings
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
@@ -41,10 +42,20 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 TOLERANCE = 1e-9
 
 # What is saved is resumed by other numbers of processes, and so comes first.
-FIRST = ["4:momentum", "4:saved", "1:saved_parts", "2:saved_parts"]
-OTHERS = ["4:resumed parts of 2", "1:resumed parts of 2", "4:killed in backward"]
+FIRST = ["4:saved", "1:saved_parts", "2:saved_parts"]
+OF_ONE = ["1:resumed parts of 2"]
+OF_FOUR = [
+    *trainings.TRAININGS,
+    *(f"killed in {phase}" for phase in faults.PHASES),
+    "broken_input",
+    "broken_part",
+    "other_bases",
+    "other_truncation",
+    "resumed parts of 2",
+]
 ELSEWHERE = {"saved", "saved_parts", "resumed parts of 2"}
-JOBS = FIRST + OTHERS + [f"2:{name}" for name in SCENARIOS if name not in ELSEWHERE]
+OF_TWO = [name for name in SCENARIOS if name not in ELSEWHERE]
+JOBS = [*FIRST, *OF_ONE, *(f"4:{name}" for name in OF_FOUR), *(f"2:{name}" for name in OF_TWO)]
 
 Results = Callable[..., list[Any]]
 
@@ -52,7 +63,7 @@ Results = Callable[..., list[Any]]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run everything that needs several processes, in one program."""
-    folder = tmp_path_factory.mktemp("workers")
+    folder = tmp_path_factory.mktemp("processes")
     path = [str(Path(__file__).parent), *sys.path]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)}
     program = [sys.executable, "-W", "ignore", "-m", "processes", str(folder), *JOBS]
@@ -62,7 +73,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=280,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -86,26 +97,46 @@ def assert_alike(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
         for key in ("weights", "biases"):
             torch.testing.assert_close(result[key], expected[key], rtol=0, atol=TOLERANCE)
         assert result["norms"] == pytest.approx(expected["norms"], abs=TOLERANCE)
+        torch.testing.assert_close(
+            result["moments"], expected["moments"], rtol=TOLERANCE, atol=TOLERANCE
+        )
         # Among themselves to the last bit, bases and all.
         assert all(map(torch.equal, result["arrays"], found[0]["arrays"]))
+    assert_same_curve(found, expected)
 
 
+def assert_same_curve(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
+    """Compare losses, and the samples that they are of, as far as steps have been taken."""
+    for step in found[0]["losses"]:
+        loss = sum(result["losses"][step] for result in found) / len(found)
+        assert loss == pytest.approx(expected["losses"][step], abs=TOLERANCE)
+        samples = sorted(entry for result in found for entry in result["seen"][step])
+        assert samples == sorted(expected["seen"][step])
+
+
+@pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("name", trainings.TRAININGS)
-def test_two_processes_train_as_one(name: str, results: Results) -> None:
+def test_processes_train_as_one(name: str, world: int, results: Results) -> None:
     expected = trainings.train(0, 1, **trainings.TRAININGS[name])
     assert any(len(set(ranks.values())) > 1 for ranks in expected["history"].values())
-    assert_alike(results(name), expected)
-
-
-def test_four_processes_train_as_one(results: Results) -> None:
-    assert_alike(results("momentum", 4), trainings.train(0, 1))
+    assert_alike(results(name, world), expected)
 
 
 def test_four_processes_save_what_two_and_one_resume(folder: Path, results: Results) -> None:
-    expected = trainings.train(0, 1, kind="adam")
-    assert all(isinstance(result, dict) for result in results("saved", 4))
-    assert_alike(results("resumed"), expected)
-    assert_alike([checkpoints.resumed(folder, 0, 1)], expected)
+    expected = trainings.train(0, 1, **checkpoints.ELASTIC, steps=9)
+    ranks = {name: list(ranks.values()) for name, ranks in expected["history"].items()}
+    for name in ("0", "2"):  # by a schedule and by growth, before the save and after it
+        assert len(set(ranks[name][:4])) > 1 and len(set(ranks[name][3:])) > 1
+    forgetful = checkpoints.ELASTIC["rule"] | {"5": gt.Tolerance(0.6)}
+    without = trainings.train(0, 1, **{**checkpoints.ELASTIC, "rule": forgetful}, steps=9)
+    assert ranks["5"][:4] == list(without["history"]["5"].values())[:4]
+    assert ranks["5"] != list(without["history"]["5"].values())
+    assert [expected["seen"][k] for k in range(4)] != [expected["seen"][k] for k in range(4, 8)]
+
+    assert_same_curve(results("saved", 4), expected)
+    for found in results("resumed"), [checkpoints.resumed(folder, 0, 1)]:
+        assert list(found[0]["losses"]) == [3, 4, 5, 6, 7, 8]
+        assert_alike(found, expected)
 
 
 def assert_resumed(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
@@ -127,7 +158,8 @@ def test_what_was_in_parts_is_resumed_whole_and_the_reverse(folder: Path, result
     expected = trainings.train(0, 1, **checkpoints.PARTS)
     assert_resumed([checkpoints.resumed_parts("parts of 2")(folder, 0, 1)], expected)
     assert load_checkpoint(folder / "parts of 2") == {"step": 3, "rank": 0}
-    assert_alike(results("resumed checkpoint"), trainings.train(0, 1, kind="adam"))
+    expected = trainings.train(0, 1, **checkpoints.ELASTIC, steps=9)
+    assert_alike(results("resumed checkpoint"), expected)
 
 
 def test_a_folder_holds_one_checkpoint(folder: Path) -> None:
@@ -262,21 +294,37 @@ def test_layers_that_some_or_all_processes_leave_out(name: str, results: Results
             assert torch.equal(value, results(name)[0]["state"][key])
 
 
-def test_nan_on_one_process_stops_the_step_on_all(results: Results) -> None:
-    for result in results("broken_input"):
+@pytest.mark.parametrize("world", [2, 4])
+def test_nan_on_one_process_stops_the_step_on_all(world: int, results: Results) -> None:
+    for result in results("broken_input", world):
+        assert isinstance(result, dict), result
         assert "expected finite numbers" in result["message"]
         assert result["same"]
-        assert result["ranks"] == results("broken_input")[0]["ranks"]
+        assert result["scales"] == [1024.0, 512.0, 512.0]  # skipped by a GradScaler, and stepped
+        assert result["ranks"] == results("broken_input", world)[0]["ranks"]
 
 
-def test_nan_in_a_part_of_one_process_stops_the_step_on_all(results: Results) -> None:
-    for messages in results("broken_part"):
-        assert len(messages) == 2
+@pytest.mark.parametrize("world", [2, 4])
+def test_nan_in_a_part_of_one_process_stops_the_step_on_all(world: int, results: Results) -> None:
+    for messages in results("broken_part", world):
+        assert len(messages) == world
         assert all("expected finite numbers" in message for message in messages)
 
 
-def test_processes_that_truncate_differently_take_what_the_first_has(results: Results) -> None:
-    assert_alike(results("other_truncation"), trainings.train(0, 1, kind="adam"))
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("index", range(len(trainings.OTHER_BASES)), ids=trainings.OTHER_BASES)
+def test_processes_that_extend_bases_differently_take_those_of_the_first(
+    index: int, world: int, results: Results
+) -> None:
+    expected = trainings.train(0, 1, **trainings.TRAININGS[trainings.OTHER_BASES[index]])
+    assert_alike([found[index] for found in results("other_bases", world)], expected)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_that_truncate_differently_take_what_the_first_has(
+    world: int, results: Results
+) -> None:
+    assert_alike(results("other_truncation", world), trainings.train(0, 1, kind="adam"))
 
 
 def test_a_process_is_back_when_a_save_is_refused(results: Results) -> None:
@@ -338,34 +386,33 @@ def test_an_optimizer_that_was_there_before_the_processes_is_refused(results: Re
         assert "expected torch.distributed to be initialised before TDLRT is built" in message
 
 
+@pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize(
-    ("killed", "survivor", "waited", "step"),
+    ("killed", "waited", "step"),
     [
-        ("start", 0, "start", 0),
-        ("forward", 0, "synchronisation", 2),
-        ("backward", 0, "synchronisation", 2),
-        ("synchronisation", 0, "synchronisation", 2),
-        ("step", 0, "truncation", 2),
-        ("truncation", 0, "truncation", 2),
-        ("checkpoint", 1, "synchronisation", 3),
+        ("start", "start", 0),
+        ("forward", "synchronisation", 2),
+        ("backward", "synchronisation", 2),
+        ("synchronisation", "synchronisation", 2),
+        ("step", "truncation", 2),
+        ("truncation", "truncation", 2),
+        ("checkpoint", "synchronisation", 3),
     ],
 )
 def test_a_killed_process_ends_the_others_with_an_error_that_says_where_it_was(
-    killed: str, survivor: int, waited: str, step: int, folder: Path
+    killed: str, waited: str, step: int, world: int, folder: Path
 ) -> None:
-    assert not (folder / f"killed in {killed}.2.{1 - survivor}").exists()
-    message = torch.load(folder / f"killed in {killed}.2.{survivor}")
-    assert message.startswith(f"ProcessError {waited}: process {survivor} of 2 has lost the others")
-    assert f"Last heard of: process {1 - survivor} in {killed} after step {step}. Here" in message
+    victim = 0 if killed == "checkpoint" else world - 1
+    assert not (folder / f"killed in {killed}.{world}.{victim}").exists()
+    for survivor in set(range(world)) - {victim}:
+        message = torch.load(folder / f"killed in {killed}.{world}.{survivor}")
+        lost = f"ProcessError {waited}: process {survivor} of {world} has lost the others"
+        assert message.startswith(lost)
+        heard = rf"Last heard of: [^.]*\b{victim} in {killed} after step {step}[.;]"
+        assert re.search(heard, message), message
     if killed != "start":  # what was saved last is whole
-        assert load_checkpoint(folder / f"before {killed}", trainings.network()) == {"step": 1}
-
-
-def test_of_several_survivors_each_says_where_the_killed_one_was(folder: Path) -> None:
-    for survivor in range(3):
-        message = torch.load(folder / f"killed in backward.4.{survivor}")
-        assert message.startswith(f"ProcessError synchronisation: process {survivor} of 4 has lost")
-        assert re.search(r"Last heard of: [^.]*\b3 in backward after step 2", message)
+        saved = folder / f"before {killed} of {world}"
+        assert load_checkpoint(saved, trainings.network()) == {"step": 1}
 
 
 def test_where_processes_were_may_be_lost_with_the_store(folder: Path) -> None:

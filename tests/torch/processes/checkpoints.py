@@ -18,16 +18,29 @@ import geotucker as gt
 from geotucker_torch import TDLRT, load_checkpoint, save_checkpoint
 
 from .meeting import Scenario
-from .trainings import OPTIMIZERS, TRAININGS, network, shard_dense_parts, train, whole
+from .trainings import OPTIMIZERS, TRAININGS, network, shard_dense_parts, shuffled, train, whole
+
+# Rules that remember: where a schedule is, what ranks were before, how far growth has come. They
+# are saved amid an epoch of four steps.
+
+ELASTIC: dict[str, Any] = {
+    "kind": "adam",
+    "rule": {
+        "0": gt.Budget(parameters=0.4, start=0.9, steps=5),
+        "2": gt.Growing(6, every=2, start=3),
+        "5": gt.Tolerance(0.6, hysteresis=0.5),
+    },
+    "data": shuffled,
+}
 
 
 def saved(folder: Path, rank: int, world: int) -> dict[str, Any]:
-    """Train half of the way; all processes save, as one file."""
+    """Train for a while; all processes save, as one file."""
 
     def save(model: nn.Module, optimizer: TDLRT) -> None:
         save_checkpoint(folder / "checkpoint", model, optimizer, step=3)
 
-    return train(rank, world, kind="adam", steps=3, save=save)
+    return train(rank, world, **ELASTIC, steps=3, save=save)
 
 
 def resumed(folder: Path, rank: int, world: int) -> dict[str, Any]:
@@ -36,7 +49,7 @@ def resumed(folder: Path, rank: int, world: int) -> dict[str, Any]:
     def load(model: nn.Module, optimizer: TDLRT) -> None:
         assert load_checkpoint(folder / "checkpoint", model, optimizer) == {"step": 3}
 
-    return train(rank, world, kind="adam", start=3, steps=3, load=load)
+    return train(rank, world, **ELASTIC, start=3, steps=6, load=load)
 
 
 # Models in parts: a budget whose schedule is under way, so that ranks change before and after.
@@ -61,8 +74,10 @@ def resumed_parts(name: str) -> Scenario:
         def load(model: nn.Module, optimizer: TDLRT) -> None:
             assert load_checkpoint(folder / name, model, optimizer)["step"] == 3
 
-        rule = PARTS["rule"] if name != "checkpoint" else None
-        return train(rank, world, **{**PARTS, "rule": rule}, start=3, steps=3, load=load)
+        options = PARTS | {"steps": 3}
+        if name == "checkpoint":
+            options = ELASTIC | {"wrap": "sharded", "steps": 6}
+        return train(rank, world, **options, start=3, load=load)
 
     return scenario
 

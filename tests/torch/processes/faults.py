@@ -28,16 +28,24 @@ def broken_input(folder: Path, rank: int, world: int) -> dict[str, Any]:
     optimizer = TDLRT(OPTIMIZERS["adam"](model), model, gt.Tolerance(0.1))
     x, y = (shard(t, rank, world) for t in batch(0))
     before = [t.clone() for t in model.state_dict().values()]
-    nn.functional.cross_entropy(wrapped(x * torch.nan if rank == 1 else x), y).backward()
+    nn.functional.cross_entropy(wrapped(x * torch.nan if rank == world - 1 else x), y).backward()
     try:
         optimizer.step()
     except gt.NonFiniteError as error:
         message = str(error)
     same = all(map(torch.equal, before, model.state_dict().values()))
-    optimizer.zero_grad()
-    nn.functional.cross_entropy(wrapped(x), y).backward()
-    optimizer.step()
-    return {"message": message, "same": same, "ranks": optimizer.ranks}
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scales = [scaler.get_scale()]
+    for skipped in (True, False):
+        optimizer.zero_grad()
+        broken = skipped and rank == world - 1
+        loss = nn.functional.cross_entropy(wrapped(x * torch.inf if broken else x), y)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        scales.append(scaler.get_scale())
+        same = same and skipped == all(map(torch.equal, before, model.state_dict().values()))
+    return {"message": message, "same": same, "ranks": optimizer.ranks, "scales": scales}
 
 
 def broken_part(folder: Path, rank: int, world: int) -> list[str]:
@@ -49,7 +57,7 @@ def broken_part(folder: Path, rank: int, world: int) -> list[str]:
         optimizer = TDLRT(OPTIMIZERS["sgd"](model), model)
         model(batch(0)[0]).sum().backward()
         if rank == broken:
-            model[7].weight.grad.to_local()[0] = torch.nan
+            model[5].bias.grad.to_local()[0] = torch.nan
         try:
             optimizer.step()
         except gt.NonFiniteError as error:
@@ -118,6 +126,7 @@ def killed_in(phase: str) -> Scenario:
     def scenario(folder: Path, rank: int, world: int) -> str:
         model = network()
         outer = DistributedDataParallel(model) if phase == "backward" else model
+        path = folder / f"before {phase} of {world}"
         victim = rank == (0 if phase == "checkpoint" else world - 1)
         try:
             if victim and phase == "start":
@@ -143,7 +152,7 @@ def killed_in(phase: str) -> Scenario:
                 if dying and phase == "checkpoint":
                     os.replace = die
                 if step in (1, 2):
-                    save_checkpoint(folder / f"before {phase}", model, optimizer, step=step)
+                    save_checkpoint(path, model, optimizer, step=step)
         except gt.GeotuckerError as error:
             return f"{type(error).__name__} {error}"
         return "nothing was raised"

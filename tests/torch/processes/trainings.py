@@ -1,10 +1,13 @@
 """Trainings that end alike on any number of processes, and what they do on the way."""
 
-from collections.abc import Callable
+import copy
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -13,9 +16,24 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import geotucker as gt
-from geotucker_torch import TDLRT, TuckerModule, factorize
+from geotucker_torch import (
+    TDLRT,
+    TuckerModule,
+    _lift,
+    dense_state_dict,
+    densify,
+    factorize,
+    finalize,
+    metrics,
+    optimize_for_inference,
+    report,
+    spectra,
+    summary,
+)
 from geotucker_torch._collectives import Part, all_equal, average
 
 from .meeting import Scenario
@@ -57,6 +75,28 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 }
 
 
+Share: TypeAlias = list[tuple[Tensor, Tensor]]  # of a process in a step, by micro-batch
+
+
+def in_order(rank: int, world: int, start: int, micro: int = 1) -> Iterator[Share]:
+    for step in count(start):
+        parts = [[shard(t, part, micro) for t in batch(step)] for part in range(micro)]
+        yield [(shard(x, rank, world), shard(y, rank, world)) for x, y in parts]
+
+
+def shuffled(rank: int, world: int, start: int) -> Iterator[Share]:
+    """Draw from a data set, in another order in each epoch, from any step on."""
+    x, y = (torch.cat(t)[:-4] for t in zip(*map(batch, range(5)), strict=True))
+    data = TensorDataset(x, y)
+    sampler: Any = DistributedSampler(data, world, rank, seed=7, drop_last=True)
+    loader = DataLoader(data, BATCH // world, sampler=sampler, drop_last=True)
+    epoch, taken = divmod(start, len(loader))
+    while True:
+        sampler.set_epoch(epoch)
+        yield from ([(x, y)] for x, y in islice(loader, taken, None))
+        epoch, taken = epoch + 1, 0
+
+
 def train(
     rank: int,
     world: int,
@@ -64,16 +104,21 @@ def train(
     wrap: bool | str = True,
     kind: str = "sgd",
     rule: Any = None,
+    data: Callable[[int, int, int], Iterator[Share]] = in_order,
     micro: int = 1,
     clip: float | None = None,
     steps: int = 6,
     start: int = 0,
     rebuilt: bool = False,
     load: Callable[[nn.Module, TDLRT], Any] | None = None,
+    look: Callable[[nn.Module, TDLRT], Any] | None = None,
     save: Callable[[nn.Module, TDLRT], Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Train for a few steps, on this process's share of each batch; seeds differ by process."""
+    """Train for a few steps, on this process's share of each batch; seeds differ by process.
+
+    The first of several processes looks at what it has in a step, before it is taken and after it.
+    """
     model = network(0 if wrap == "sharded" else rank)  # parts are of one model to begin with
     many = dist.is_initialized()
     outer: Any = model
@@ -88,23 +133,34 @@ def train(
     if load:
         load(model, optimizer)
     norms = []
+    losses: dict[int, float] = {}
+    seen: dict[int, list[float]] = {}  # an entry of each sample, which tells it from all others
 
-    def backward(step: int) -> None:
+    def backward(step: int, share: Share) -> None:
         optimizer.zero_grad()
-        for part in range(micro):
-            x, y = (shard(shard(t, part, micro), rank, world) for t in batch(step))
-            last = part == micro - 1
+        losses[step], seen[step] = 0.0, []
+        for part, (x, y) in enumerate(share, 1):
+            last = part == len(share)
             with outer.no_sync() if outer is not model and not last else nullcontext():
-                (nn.functional.cross_entropy(outer(x), y) / micro).backward()
+                loss = nn.functional.cross_entropy(outer(x), y) / len(share)
+                loss.backward()
+            losses[step] += loss.item()
+            seen[step] += x[:, 0, 0, 0].tolist()
 
-    for step in range(start, start + steps):
+    shares = data(rank, world, start) if micro == 1 else in_order(rank, world, start, micro)
+    for step, share in zip(range(start, start + steps), shares, strict=False):
+        looks = look is not None and many and rank == 0 and step == 3
         if options.get("one_pass", True):
-            backward(step)
+            backward(step, share)
             if clip is not None:
                 norms.append(nn.utils.clip_grad_norm_(model.parameters(), clip).item())
+            if looks:
+                look(model, optimizer)
             optimizer.step()
         else:
-            optimizer.step(partial(backward, step))
+            optimizer.step(partial(backward, step, share))
+        if looks:
+            look(model, optimizer)
     if save:
         save(model, optimizer)
     return {
@@ -114,9 +170,17 @@ def train(
             if hasattr(m, "bias")
         ],
         "biases": [whole(m.bias) for m in model if getattr(m, "bias", None) is not None],
+        "moments": [  # their norms, which are the same in all bases
+            whole(t).double().norm()
+            for p in model.parameters()
+            for t in tree_leaves(optimizer.state.get(p))
+            if torch.is_tensor(t)
+        ],
         "arrays": [t.detach() for i in (0, 2, 5) for t in (model[i].core, *model[i].factors)],
         "history": optimizer.rank_history,
         "norms": norms,
+        "losses": losses,
+        "seen": seen,
     }
 
 
@@ -132,6 +196,28 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
+def drawn(spectra: Sequence[gt.Spectrum]) -> list[tuple[int, ...]]:
+    """Draw ranks, by generators whose seeds differ by process."""
+    return [tuple(int(torch.randint(1, 1 + min(len(v), 4), ())) for v in s.values) for s in spectra]
+
+
+def look_at_everything(model: nn.Module, optimizer: TDLRT) -> None:
+    """Call on one process what says of a model what it is, runs it, or makes another of it."""
+    x, y = batch(99)
+    summary(model), spectra(model), metrics(optimizer)
+    optimizer.state_dict(), dense_state_dict(model.state_dict())
+    with tempfile.TemporaryDirectory() as folder:
+        report(optimizer, Path(folder) / "report.html")
+    densify(copy.deepcopy(model))
+    nn.functional.cross_entropy(finalize(model)(x), y).backward()
+    optimize_for_inference(model, x[:1], repeats=1, verbose=False)
+    nn.functional.cross_entropy(copy.deepcopy(model)(x), y).backward()
+    model(x)
+    with torch.no_grad():
+        model.eval()(x)
+    model.train()
+
+
 TRAININGS: dict[str, dict[str, Any]] = {
     "momentum": {},
     "adam": {"kind": "adam"},
@@ -145,8 +231,39 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "two passes alone": {"one_pass": False, "wrap": False, "kind": "adam"},
     "rebuilt": {"rebuilt": True},
     "seldom": {"basis_every": 3, "clip": 0.1},
+    "seldom accumulation": {"basis_every": 2, "micro": 2, "kind": "adam"},
     "budget": {"rule": gt.Budget(parameters=0.35, steps=4), "kind": "adam"},
+    "growing": {"rule": gt.Growing(6, every=2, start=3)},
+    "random": {"rule": drawn},
+    "looked at": {"look": look_at_everything, "micro": 2},
 }
+
+
+def other_bases(folder: Path, rank: int, world: int) -> list[dict[str, Any]]:
+    """One process extends bases by other vectors of the same spaces than the first does."""
+    augment_all, augment = _lift.augment_all, gt.augment
+
+    def turned(point: gt.TuckerPoint, wide: gt.TuckerPoint | None) -> Any:
+        if rank == 0 or wide is None:
+            return wide
+        factors = [
+            torch.cat([u[:, :r], u[:, r:].flip(1)], 1)
+            for u, r in zip(wide.factors, point.ranks, strict=True)
+        ]
+        return gt.TuckerPoint(wide.core, tuple(factors))
+
+    def others(points: Any, directions: Any) -> Any:
+        return list(map(turned, points, augment_all(points, directions)))
+
+    _lift.augment_all = others
+    gt.augment = lambda point, directions: turned(point, augment(point, directions))
+    try:
+        return [train(rank, world, **TRAININGS[name]) for name in OTHER_BASES]
+    finally:
+        _lift.augment_all, gt.augment = augment_all, augment
+
+
+OTHER_BASES = ("whole", "alone accumulation", "two passes")
 
 
 def other_truncation(folder: Path, rank: int, world: int) -> dict[str, Any]:
@@ -174,17 +291,19 @@ def other_truncation(folder: Path, rank: int, world: int) -> dict[str, Any]:
 
 
 class Sometimes(nn.Module):
-    """Uses one layer twice, and another not at all if it is told so."""
+    """Uses a weight three times, in tied layers, and another not at all if it is told so."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        layers = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 12)
-        self.first, self.second, self.unused = (layer.double() for layer in layers)
+        layers = (nn.Linear(12, 12).double() for _ in range(4))
+        self.first, self.twin, self.second, self.unused = layers
+        self.twin.weight = self.first.weight
         factorize(self, 3, verbose=False)
 
     def forward(self, x: Tensor, whole: bool) -> Tensor:
-        x = torch.tanh(self.first(torch.tanh(self.first(x))))
+        for layer in (self.first, self.twin, self.first):
+            x = torch.tanh(layer(x))
         return self.second(x) if whole else x
 
 
@@ -202,6 +321,7 @@ def unused_layers(rank: int, world: int, wrap: bool = True) -> dict[str, Any]:
         losses = [outer(shard(x, half, 2), half == 0).square().mean() for half in halves]
         (sum(losses) / len(halves)).backward()
         optimizer.step()
+    assert model.twin.core is model.first.core
     assert model.unused.core.grad is None and model.unused.ranks == (3, 3)
     return {"state": dict(model.state_dict()), "weight": model.first.dense_weight().detach()}
 
@@ -221,6 +341,6 @@ SCENARIOS: dict[str, Scenario] = {
     name: lambda folder, rank, world, options=options: train(rank, world, **options)
     for name, options in TRAININGS.items()
 }
-SCENARIOS |= {f.__name__: f for f in (means, other_truncation)}
+SCENARIOS |= {f.__name__: f for f in (means, other_bases, other_truncation)}
 SCENARIOS["unused_layers"] = lambda folder, rank, world: unused_layers(rank, world)
 SCENARIOS["unused_layers alone"] = lambda folder, rank, world: unused_layers(rank, world, False)
