@@ -52,8 +52,9 @@ OF_FOUR = [
     "other_bases",
     "other_truncation",
     "resumed parts of 2",
+    "teams",
 ]
-ELSEWHERE = {"saved", "saved_parts", "resumed parts of 2"}
+ELSEWHERE = {"saved", "saved_parts", "resumed parts of 2", "teams"}
 OF_TWO = [name for name in SCENARIOS if name not in ELSEWHERE]
 JOBS = [*FIRST, *OF_ONE, *(f"4:{name}" for name in OF_FOUR), *(f"2:{name}" for name in OF_TWO)]
 
@@ -137,6 +138,23 @@ def test_four_processes_save_what_two_and_one_resume(folder: Path, results: Resu
     for found in results("resumed"), [checkpoints.resumed(folder, 0, 1)]:
         assert list(found[0]["losses"]) == [3, 4, 5, 6, 7, 8]
         assert_alike(found, expected)
+
+
+def test_groups_save_and_resume_apart(results: Results) -> None:
+    expected, found = trainings.train(0, 1, **checkpoints.ELASTIC, steps=9), results("teams", 4)
+    for team in (found[:2], found[2:]):
+        assert_alike(team, expected)
+
+
+def test_processes_load_one_checkpoint_or_none(results: Results) -> None:
+    for rank, found in enumerate(results("other_files")):
+        assert isinstance(found, list), found
+        (absent, *first), second, (other, *third) = found
+        assert re.search(("process 1 of 2 failed .*No such file", "No such file")[rank], absent)
+        assert second == ("{'step': 1}", False)
+        assert "expected the same checkpoint on all processes, got others than" in other
+        assert "on process 0 on [1]" in other
+        assert first == third == [True]  # nothing has changed
 
 
 def assert_resumed(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:

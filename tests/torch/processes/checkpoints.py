@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,16 @@ import geotucker as gt
 from geotucker_torch import TDLRT, load_checkpoint, save_checkpoint
 
 from .meeting import Scenario
-from .trainings import OPTIMIZERS, TRAININGS, network, shard_dense_parts, shuffled, train, whole
+from .trainings import (
+    OPTIMIZERS,
+    TRAININGS,
+    batch,
+    network,
+    shard_dense_parts,
+    shuffled,
+    train,
+    whole,
+)
 
 # Rules that remember: where a schedule is, what ranks were before, how far growth has come. They
 # are saved amid an epoch of four steps.
@@ -50,6 +60,42 @@ def resumed(folder: Path, rank: int, world: int) -> dict[str, Any]:
         assert load_checkpoint(folder / "checkpoint", model, optimizer) == {"step": 3}
 
     return train(rank, world, **ELASTIC, start=3, steps=6, load=load)
+
+
+def other_files(folder: Path, rank: int, world: int) -> list[tuple[str, bool]]:
+    """Load from disks of one's own: where one has no file, the same, and that of another moment."""
+    model = network()
+    optimizer = TDLRT(OPTIMIZERS["adam"](model), model)
+    disk, found = folder / f"disk of {rank}", []
+    for step in range(3):
+        optimizer.zero_grad()
+        model(batch(step)[0]).square().sum().backward()
+        optimizer.step()
+        save_checkpoint(disk, model, optimizer, step=step)
+        if rank == 0 and step == 1:
+            shutil.copy(disk, folder / "disk of 1")
+        dist.barrier()
+        nn.init.ones_(model[7].weight)
+        try:
+            message = str(load_checkpoint(disk, model, optimizer))
+        except (gt.GeotuckerError, OSError) as error:
+            message = f"{type(error).__name__} {error}"
+        found.append((message, bool((model[7].weight == 1).all())))
+    return found
+
+
+def teams(folder: Path, rank: int, world: int) -> dict[str, Any]:
+    """Train, save and go on in groups of two, each in its own."""
+    groups = [dist.new_group([first, first + 1]) for first in range(0, world, 2)]
+    team, place = divmod(rank, 2)
+    options = ELASTIC | {"process_group": groups[team]}
+    path = folder / f"team {team}"
+    train(place, 2, **options, steps=3, save=partial(save_checkpoint, path))
+
+    def load(model: nn.Module, optimizer: TDLRT) -> None:
+        assert load_checkpoint(path, model, optimizer) == {}
+
+    return train(place, 2, **options, start=3, steps=6, load=load)
 
 
 # Models in parts: a budget whose schedule is under way, so that ranks change before and after.
@@ -272,7 +318,17 @@ def refused_save(folder: Path, rank: int, world: int) -> tuple[str, ...]:
 
 SCENARIOS: dict[str, Scenario] = {
     f.__name__: f
-    for f in (failed_parts, own_parts, refused_parts, refused_save, resumed, saved, saved_parts)
+    for f in (
+        failed_parts,
+        other_files,
+        own_parts,
+        refused_parts,
+        refused_save,
+        resumed,
+        saved,
+        saved_parts,
+        teams,
+    )
 }
 SCENARIOS |= {
     f"resumed {name}": resumed_parts(name) for name in ("parts of 1", "parts of 2", "checkpoint")

@@ -125,7 +125,7 @@ def train(
     if many and wrap == "sharded":
         shard_dense_parts(model)
     elif many and wrap:
-        outer = DistributedDataParallel(model)
+        outer = DistributedDataParallel(model, process_group=options.get("process_group"))
     rule = rule or gt.Tolerance(0.2, floor=2, spare=1)
     optimizer = TDLRT(OPTIMIZERS[kind](model), model, rule, **options)
     if rebuilt:  # the first one leaves the second in its group
