@@ -307,6 +307,7 @@ class Peers:
         """Return points that each process has computed; the first one's, should any differ."""
         if not points:
             return points
+        self.tell("synchronisation")
         with phase("synchronisation"):
             if self._same([point for point in points if point is not None]):
                 return points

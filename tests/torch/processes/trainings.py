@@ -117,7 +117,7 @@ def train(
 ) -> dict[str, Any]:
     """Train for a few steps, on this process's share of each batch; seeds differ by process.
 
-    The first of several processes looks at what it has in a step, before it is taken and after it.
+    The first of several processes looks at what it has before it takes one of the steps.
     """
     model = network(0 if wrap == "sharded" else rank)  # parts are of one model to begin with
     many = dist.is_initialized()
@@ -149,18 +149,15 @@ def train(
 
     shares = data(rank, world, start) if micro == 1 else in_order(rank, world, start, micro)
     for step, share in zip(range(start, start + steps), shares, strict=False):
-        looks = look is not None and many and rank == 0 and step == 3
         if options.get("one_pass", True):
             backward(step, share)
             if clip is not None:
                 norms.append(nn.utils.clip_grad_norm_(model.parameters(), clip).item())
-            if looks:
+            if look and many and rank == 0 and step == 3:
                 look(model, optimizer)
             optimizer.step()
         else:
             optimizer.step(partial(backward, step, share))
-        if looks:
-            look(model, optimizer)
     if save:
         save(model, optimizer)
     return {
