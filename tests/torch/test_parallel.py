@@ -44,7 +44,7 @@ TOLERANCE = 1e-9
 # What is saved is resumed by other numbers of processes, and so comes first.
 FIRST = ["4:saved", "1:saved_parts", "2:saved_parts"]
 OF_ONE = ["1:resumed parts of 2"]
-OF_FOUR = [  # all pass on four; these tell most for their time
+OF_FOUR = [  # of the trainings those that tell most for their time
     "momentum",
     "adam",
     "whole",
