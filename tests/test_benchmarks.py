@@ -129,22 +129,44 @@ def test_exchange_of_processes(tmp_path: Path) -> None:
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
-    options = ["--steps", "2", "--channels", "32", "--processes", "1,2", "--out", str(path)]
+    options = ["--steps", "2", "--channels", "32", "--processes", "2", "--out", str(path)]
     command = [sys.executable, "-W", "ignore", str(FOLDER / "distributed.py"), *options]
     subprocess.run(command, check=True, env=environment, timeout=200, stdout=subprocess.DEVNULL)
     with path.open() as file:
         rows = list(csv.DictReader(file))
     measured = [row for row in rows if row["kind"] == "measured"]
-    assert [int(row["processes"]) for row in measured] == [1] * 3 + [2] * 3
-    for row in measured[3:]:  # all that is beside the gradients is small
+    assert [int(row["processes"]) for row in measured] == [1] * 5 + [2] * 5
+    assert all(float(row["model_ms"]) == float(row["step_ms"]) for row in measured[:5])
+    for row in measured[5:]:  # all that is beside the gradients is small
         sent, gradients = int(row["wire_bytes"]), int(row["wire_model_bytes"])
         assert gradients < sent < 1.1 * gradients + 20_000
-    assert all(float(row["step_ms"]) > 0 for row in rows)
+        assert 0 < float(row["fastest_ms"]) <= float(row["step_ms"])
+        ratio = float(row["step_ms"]) / float(row["model_ms"])
+        assert float(row["ratio"]) == pytest.approx(ratio, abs=2e-3)
+        assert float(row["exchange_model_ms"]) > 0
     beyond = [row for row in rows if row["kind"] == "model"]
-    assert [int(row["processes"]) for row in beyond] == [4] * 3 + [16] * 3 + [64] * 3
-    for dense, *tucker in (beyond[:3], beyond[3:6], beyond[6:]):
-        for row in tucker:
-            assert int(row["wire_model_bytes"]) < 0.2 * int(dense["wire_model_bytes"])
+    assert [int(row["processes"]) for row in beyond] == [4] * 5 + [16] * 5 + [64] * 5
+    for dense, *tucker in (beyond[:5], beyond[5:10], beyond[10:]):
+        sizes = [int(row["wire_model_bytes"]) / int(dense["wire_model_bytes"]) for row in tucker]
+        assert sizes == pytest.approx([0.25, 0.1, 0.05, 0.02], rel=0.05)
+
+
+def test_model_of_an_exchange() -> None:
+    import distributed
+
+    network = distributed.Network(latency=1e-3, bandwidth=1e6)
+    # Each of 3 processes sends and receives a third of 3 kB four times.
+    assert distributed.exchange(3, 1, 3000, network) == pytest.approx(4 * (1e-3 + 1e-3))
+    assert distributed.exchange(3, 5, 3000, network) == pytest.approx(4 * (5e-3 + 1e-3))
+    assert distributed.exchange(1, 5, 3000, network) == 0
+    for cores, crowd in ((1, 3), (2, 1.5), (4, 1)):
+        step = distributed.predicted(0.1, 3, 1, 3000, network, cores)
+        assert step == pytest.approx(0.1 * crowd + 8e-3)
+    small, large = (
+        distributed.exchange(4, 1, size, network) for size in (distributed.SMALL, distributed.LARGE)
+    )
+    assert distributed.fitted(4, small, large) == pytest.approx(network)
+    assert distributed.exchange(1, 1, 9, distributed.fitted(1, small, large)) == 0
 
 
 def test_what_the_scripts_beside_others_share(

@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 
 import geotucker as gt
 
-from ._collectives import Group, phase, together
+from ._collectives import Group, all_objects, phase, together
 from ._guard import untouched_if_loading_fails
 from ._modules import check_model
+from ._optimizer import TDLRT
 from ._parts import group_of_parts, is_sharded
 from ._peers import group_that_trains, is_first, telling
 from ._sections import CheckpointError, read, write, write_together
@@ -107,7 +108,8 @@ def load_checkpoint(
     dense model can be loaded into a factorised one, and the reverse. Files and folders know nothing
     of the number of processes, nor of what was in parts on them: both load into a model in parts on
     any number, and into a whole one on any or without torch.distributed. A process reads what it
-    needs.
+    needs. Those that a `TDLRT` trains together load together: call it on all of them, with the
+    optimizer.
 
     Parameters
     ----------
@@ -129,13 +131,14 @@ def load_checkpoint(
     ------
     CheckpointError
         If the file is not a whole checkpoint, or does not fit; nothing is changed then, neither
-        model nor optimizer nor scheduler. Of a model in parts that is so on all processes.
+        model nor optimizer nor scheduler. Of processes that load together that is so on all, should
+        one of them not have the file, or have another.
     OSError
         If there is no such file, or it cannot be read.
     ValueError
         If the model is in parts on other processes: see `save_checkpoint`.
     ProcessError
-        If the model is in parts, and another process is lost.
+        If another process is lost of those that load together.
 
     Examples
     --------
@@ -154,20 +157,23 @@ def load_checkpoint(
     if model is None:
         return read(path)["extra"]
     check_model(model)
-    group = _group_of_parts(model, optimizer)
+    parted = _group_of_parts(model, optimizer)
+    peers = optimizer.peers if isinstance(optimizer, TDLRT) else None
+    joint = parted if peers is None else peers.group
     with (
         telling("checkpoint", model, optimizer),
         untouched_if_loading_fails(model, optimizer, scheduler),
-        _as_one(group),
     ):
-        content = read(path, model, given, group)
-        with _blamed_on(path, "model"):
-            weights = _weights(content)
-            _check_tensors(model, weights)
-            load_weights(model, weights)
-        for name, part in given.items():
-            with _blamed_on(path, name):
-                part.load_state_dict(content[name]["state"])
+        with _as_one(joint):
+            content = read(path, model, given, parted)
+            with _blamed_on(path, "model"):
+                weights = _weights(content)
+                _check_tensors(model, weights)
+                load_weights(model, weights)
+            for name, part in given.items():
+                with _blamed_on(path, name):
+                    part.load_state_dict(content[name]["state"])
+        _check_same(path, content["sha256"], joint)
     extra: dict[str, Any] = content["extra"]
     return extra
 
@@ -186,6 +192,20 @@ def _as_one(group: Group | None) -> Iterator[None]:
         return
     with phase("checkpoint"), together(group, CheckpointError):
         yield
+
+
+def _check_same(path: Path, checksum: str, group: Group | None) -> None:
+    """Raise CheckpointError on all processes of a group unless they have loaded the same."""
+    if group is None:
+        return
+    with phase("checkpoint"):
+        found = all_objects(checksum, group)
+    others = [process for process, other in enumerate(found) if other != found[0]]
+    if others:
+        raise CheckpointError(
+            f"{path}: expected the same checkpoint on all processes, got others than on process 0 "
+            f"on {others}; load one that all of them see, or copy it to their machines"
+        )
 
 
 def _weights(content: Mapping[str, Any]) -> "OrderedDict[str, Any]":

@@ -30,7 +30,7 @@ factor is folded into the kernel) are ``G_i Q_i``, from the kernel's gradient.
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -50,6 +50,9 @@ if TYPE_CHECKING:
     from ._layers import TuckerModule
 
 __all__ = ["deliver", "finish", "lifting"]
+
+_Points: TypeAlias = Sequence[gt.TuckerPoint | None]
+_Agree: TypeAlias = Callable[[_Points], _Points]
 
 # Projected inputs of more entries than this, and than an eighth of the input's, are computed again
 # in backward (a twelfth of a convolution's step) rather than kept: with them a network would need
@@ -192,7 +195,9 @@ def _wait(layer: "TuckerModule", use: Use) -> None:
     waiting[backward].setdefault(id(layer.core), []).append((layer, use))
 
 
-def finish(used: Sequence[tuple["TuckerModule", Sequence[Use]]]) -> None:
+def finish(
+    used: Sequence[tuple["TuckerModule", Sequence[Use]]], agree: _Agree = lambda points: points
+) -> None:
     """Extend the bases of the layers that are armed, and give all cores the gradients.
 
     Parameters
@@ -200,12 +205,15 @@ def finish(used: Sequence[tuple["TuckerModule", Sequence[Use]]]) -> None:
     used : sequence of pairs
         A layer of each Tucker tensor that has been used, and its uses: at least one, all at one
         point.
+    agree : callable, optional
+        From the points in wider bases, None where one is not finite, to those that count.
     """
     directions = [
         [_sum(parts) for parts in zip(*(use.directions for use in uses), strict=True)]
         for _, uses in used
     ]
-    lifted = _lift([(*one, own) for one, own in zip(used, directions, strict=True) if one[0].armed])
+    armed = [(*one, own) for one, own in zip(used, directions, strict=True) if one[0].armed]
+    lifted = _lift(armed, agree)
     for (layer, uses), own in zip(used, directions, strict=True):
         gradient = _gradient(layer, uses, own)
         if layer in lifted:
@@ -214,7 +222,7 @@ def finish(used: Sequence[tuple["TuckerModule", Sequence[Use]]]) -> None:
 
 
 def _lift(
-    used: Sequence[tuple["TuckerModule", Sequence[Use], Sequence[Tensor]]],
+    used: Sequence[tuple["TuckerModule", Sequence[Use], Sequence[Tensor]]], agree: _Agree
 ) -> "list[TuckerModule]":
     """Extend the bases by the directions; of layers where these are not finite, nothing happens."""
     points = [layer.point for layer, _, _ in used]
@@ -227,7 +235,7 @@ def _lift(
         if wides[index] is None:  # the drift of a scaled loss may have overflown
             (wides[index],) = augment_all([points[index]], [directions])
     lifted = []
-    for (layer, uses, _), wide in zip(used, wides, strict=True):
+    for (layer, uses, _), wide in zip(used, agree(wides), strict=True):
         if wide is not None:
             layer.lift(wide, uses[0].right)
             lifted.append(layer)

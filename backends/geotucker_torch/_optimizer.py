@@ -520,20 +520,30 @@ class TDLRT(Optimizer):
         for group in self.param_groups:  # the second pass starts from nothing
             for parameter in group["params"]:
                 parameter.grad = None
+        old = [slot.point for slot in used]
+        wide: Sequence[Any] = [
+            gt.augment(point, self._with_drift(slot, point, directions))
+            for slot, point, directions in zip(used, old, gradients, strict=True)
+        ]
+        if self.peers is not None:
+            wide = self.peers.common(wide)
         found: dict[str, Right] = {}
-        for slot, directions in zip(used, gradients, strict=True):
-            old = slot.point
-            moving = self._drift(slot)
-            if moving is not None:  # in the units of grad_{U_i} = (grad_{K_i}) S_i^T
-                s = [gauge(old.core, mode)[1] for mode in range(old.order)]
-                directions = [
-                    d + v[:, : t.shape[1]] @ t.T
-                    for d, v, t in zip(directions, moving, s, strict=True)
-                ]
-            found[slot.name] = right_of(old)
-            slot.write(gt.augment(old, directions))
-            self._lift_state(slot, old, found[slot.name])
+        for slot, before, after in zip(used, old, wide, strict=True):
+            found[slot.name] = right_of(before)
+            slot.write(after)
+            self._lift_state(slot, before, found[slot.name])
         return found
+
+    def _with_drift(
+        self, slot: Slot, point: gt.TuckerPoint, gradients: Sequence[Any]
+    ) -> Sequence[Any]:
+        """Add what the moments contribute, in the units of grad_{U_i} = (grad_{K_i}) S_i^T."""
+        moving = self._drift(slot)
+        if moving is None:
+            return gradients
+        s = [gauge(point.core, mode)[1] for mode in range(point.order)]
+        pairs = zip(gradients, moving, s, strict=True)
+        return [d + v[:, : t.shape[1]] @ t.T for d, v, t in pairs]
 
     def _follow(
         self, moves: "Sequence[_Move]", right: Mapping[str, Right]

@@ -15,8 +15,9 @@ micro-batches added in between, is right all the same: within its ``no_sync`` a 
 unless it extends the bases, which must agree from then on.
 
 *All alike.* NaN on one process is NaN on all after the average: none extends its bases, and `step`
-raises on all. Truncation is computed by each from the same numbers. Should the results differ in a
-single bit, as on machines of different kinds they may, all take those of the first process.
+raises on all. Wider bases, and truncated ones, are computed by each from the same numbers. Should
+the results differ in a single bit, as on machines of different kinds they may, all take those of
+the first process: gradients in different bases of one space have no average.
 """
 
 import time
@@ -265,7 +266,7 @@ class Peers:
             for layer, use in used:
                 if use.tangent is not None:
                     layer.core.grad = None  # it is in the average
-            finish([(layer, [use]) for layer, use in used])
+            finish([(layer, [use]) for layer, use in used], self.common)
             for parameter, mean in zip(others, means, strict=True):
                 parameter.grad = None if mean is None else mean[0]
             whole = [layer for layer, use in used if use.whole is not None]
@@ -302,6 +303,23 @@ class Peers:
         with phase("synchronisation"):
             return average(parts, self._group)
 
+    def common(self, points: Sequence[gt.TuckerPoint | None]) -> Sequence[gt.TuckerPoint | None]:
+        """Return points that each process has computed; the first one's, should any differ."""
+        if not points:
+            return points
+        self.tell("synchronisation")
+        with phase("synchronisation"):
+            if self._same([point for point in points if point is not None]):
+                return points
+            first = object_of_first(points, self._group)
+        device = self._slots[0].core.device
+        return [None if point is None else _to(point, device) for point in first]
+
+    def _same(self, points: Sequence[gt.TuckerPoint]) -> bool:
+        """Tell whether points are the same on all processes, to the last bit."""
+        arrays = [array for point in points for array in (point.core, *point.factors)]
+        return all_equal(fingerprint(arrays), self._group, self._slots[0].core.device)
+
     @property
     def group(self) -> Group:
         """All of them."""
@@ -331,9 +349,8 @@ class Peers:
             The optimizer's, by core.
         """
         points = [slot.point for slot in self._slots]
-        arrays = [array for point in points for array in (point.core, *point.factors)]
         with phase("truncation"):
-            if all_equal(fingerprint(arrays), self._group, arrays[0].device):
+            if self._same(points):
                 return
             own = [(point, state.get(s.core)) for s, point in zip(self._slots, points, strict=True)]
             first = object_of_first(own, self._group)

@@ -87,6 +87,8 @@ def read(
 ) -> dict[str, Any]:
     """Return the extras of a checkpoint that is whole, and what was saved of what is given.
 
+    With them its checksum, which tells it from all others.
+
     Tensors are in parts where those of the model, or the parameters that they belong to, are.
 
     Parameters
@@ -109,12 +111,14 @@ def read(
             pass
     sections = ["extra", *(() if model is None else ("model", "metadata")), *given]
     try:
-        content, stored, fetch = _open_folder(path, group) if folder else _open_file(path)
+        about, stored, fetch = _open_folder(path, group) if folder else _open_file(path)
+        content = about["content"]
         for name, part in given.items():
             _check_kind(path, name, part, content[name])
         likes = {} if model is None else _likes(model, given.get("optimizer"), content, stored)
         tensors = fetch({name: likes.get(name) for name in stored if _section(name) in sections})
-        return {name: _unpack_section(content[name], tensors) for name in sections}
+        found = {name: _unpack_section(content[name], tensors) for name in sections}
+        return {"sha256": about["sha256"], **found}
     except CheckpointError:
         raise
     except (OSError, safetensors.SafetensorError, LookupError, TypeError, ValueError) as error:
@@ -126,7 +130,7 @@ _Fetch: TypeAlias = Callable[[Mapping[str, Tensor | None]], dict[str, Tensor]]
 
 
 def _open_file(path: Path) -> tuple[Any, dict[str, Tensor], _Fetch]:
-    """Return the content, all tensors, and what takes some of them in parts."""
+    """Return what is said, all tensors, and what takes some of them in parts."""
     with safetensors.safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
         about = json.loads((file.metadata() or {})[_KEY])
         _check_format(path, about)
@@ -138,16 +142,18 @@ def _open_file(path: Path) -> tuple[Any, dict[str, Tensor], _Fetch]:
         found = [(name, tensors[name], like) for name, like in likes.items()]
         return {name: t if like is None else parts_of(t, like) for name, t, like in found}
 
-    return _checked(about, tensors), tensors, fetch
+    _check_sum(about, tensors)
+    return about, tensors, fetch
 
 
 def _open_folder(path: Path, group: Group | None) -> tuple[Any, dict[str, Tensor], _Fetch]:
-    """Return the content, all tensors without values, and what reads some of them."""
+    """Return what is said, all tensors without values, and what reads some of them."""
     from ._folder import open_tensors, read_index, read_tensors
 
     about = read_index(path)
     _check_format(path, about)
-    content, place = _checked(about, {}), about["tensors"]
+    _check_sum(about, {})
+    place = about["tensors"]
     tensors = open_tensors(path, place, group)
 
     def fetch(likes: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
@@ -159,7 +165,7 @@ def _open_folder(path: Path, group: Group | None) -> tuple[Any, dict[str, Tensor
         read_tensors(path, place, room)
         return room
 
-    return content, tensors, fetch
+    return about, tensors, fetch
 
 
 def _check_format(path: Path, about: Mapping[str, Any]) -> None:
@@ -170,12 +176,11 @@ def _check_format(path: Path, about: Mapping[str, Any]) -> None:
         )
 
 
-def _checked(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
-    """Return the content if all that is said, and tensors, have the checksum that was saved."""
+def _check_sum(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless all that is said, and tensors, have the checksum that was saved."""
     rest = {key: value for key, value in about.items() if key != "sha256"}
     if about["sha256"] != _digest(rest, tensors):
         raise ValueError("its content does not have the checksum that was saved")
-    return about["content"]
 
 
 def _likes(

@@ -84,8 +84,8 @@ class Tolerance(ModeRule):
         tails = tail_norms(values)
         allowed = self.tau * tails[0] / math.sqrt(len(shape))
         rank = smallest_rank(tails, allowed)
-        if previous is not None and rank < previous:
-            rank = min(previous, smallest_rank(tails, (1.0 - self.hysteresis) * allowed))
+        if previous is not None and rank < (counted := previous - self.spare):
+            rank = min(counted, smallest_rank(tails, (1.0 - self.hysteresis) * allowed))
         return clip(rank + self.spare, self.floor, self.cap, len(values))
 
 

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import geotucker as gt
@@ -139,6 +139,20 @@ def test_a_mode_shrinks_only_with_a_margin(values, tau, hysteresis, data):
             assert tails[rank - 1] <= (1 - hysteresis) * allowed * (1 + 1e-12)
         if rank > 1:
             assert tails[rank - 2] >= (1 - hysteresis) * allowed * (1 - 1e-12)
+
+
+@example(values=[10.0, 1.0, 0.68, 0.3, 0.1], tau=0.1, spare=1, previous=4)
+@given(
+    values=st.lists(st.floats(0.0, 1e3), min_size=2, max_size=8),
+    tau=st.floats(0.0, 0.99),
+    spare=st.integers(0, 3),
+    previous=st.integers(1, 8),
+)
+def test_hysteresis_alone_never_lets_a_mode_grow(values, tau, spare, previous):
+    values, previous = descending(*values), min(previous, len(values))
+    rule = gt.Tolerance(tau, hysteresis=0.9, spare=spare)
+    without = rule.mode_rank(values, 1, (9, 9))
+    assert without <= rule.mode_rank(values, 1, (9, 9), previous) <= max(without, previous)
 
 
 def test_hysteresis_keeps_what_hovers_at_the_threshold():

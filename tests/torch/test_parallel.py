@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import geotucker as gt
 from geotucker_torch import (
     TDLRT,
     CheckpointError,
@@ -33,7 +34,7 @@ from geotucker_torch import (
 from geotucker_torch._collectives import exchange, fingerprint, phase
 from geotucker_torch._sections import _digest
 
-from . import workers
+from .processes import SCENARIOS, checkpoints, faults, trainings
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
@@ -41,10 +42,30 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 TOLERANCE = 1e-9
 
 # What is saved is resumed by other numbers of processes, and so comes first.
-FIRST = ["4:momentum", "4:saved", "1:saved_parts", "2:saved_parts"]
-OTHERS = ["4:resumed parts of 2", "1:resumed parts of 2", "4:killed in backward"]
-ELSEWHERE = {"saved", "saved_parts", "resumed parts of 2"}
-JOBS = FIRST + OTHERS + [f"2:{name}" for name in workers.SCENARIOS if name not in ELSEWHERE]
+FIRST = ["4:saved", "1:saved_parts", "2:saved_parts"]
+OF_ONE = ["1:resumed parts of 2"]
+OF_FOUR = [  # of the trainings those that tell most for their time
+    "momentum",
+    "adam",
+    "whole",
+    "accumulation",
+    "alone accumulation",
+    "seldom accumulation",
+    "sharded",
+    "two passes alone",
+    "budget",
+    "growing",
+    *(f"killed in {phase}" for phase in faults.PHASES),
+    "broken_input",
+    "broken_part",
+    "other_bases",
+    "other_truncation",
+    "resumed parts of 2",
+    "teams",
+]
+ELSEWHERE = {"saved", "saved_parts", "resumed parts of 2", "teams"}
+OF_TWO = [name for name in SCENARIOS if name not in ELSEWHERE]
+JOBS = [*FIRST, *OF_ONE, *(f"4:{name}" for name in OF_FOUR), *(f"2:{name}" for name in OF_TWO)]
 
 Results = Callable[..., list[Any]]
 
@@ -52,12 +73,18 @@ Results = Callable[..., list[Any]]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run everything that needs several processes, in one program."""
-    folder = tmp_path_factory.mktemp("workers")
-    path = [str(Path(workers.__file__).parent), *sys.path]
+    folder = tmp_path_factory.mktemp("processes")
+    path = [str(Path(__file__).parent), *sys.path]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)}
-    program = [sys.executable, "-W", "ignore", workers.__file__, str(folder), *JOBS]
-    done = subprocess.run(
-        program, env=environment, capture_output=True, text=True, timeout=240, check=False
+    program = [sys.executable, "-W", "ignore", "-m", "processes", str(folder), *JOBS]
+    done = subprocess.run(  # in another folder, since what is in this one can be imported there
+        program,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
@@ -80,26 +107,63 @@ def assert_alike(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
         for key in ("weights", "biases"):
             torch.testing.assert_close(result[key], expected[key], rtol=0, atol=TOLERANCE)
         assert result["norms"] == pytest.approx(expected["norms"], abs=TOLERANCE)
+        torch.testing.assert_close(
+            result["moments"], expected["moments"], rtol=TOLERANCE, atol=TOLERANCE
+        )
         # Among themselves to the last bit, bases and all.
         assert all(map(torch.equal, result["arrays"], found[0]["arrays"]))
+    assert_same_curve(found, expected)
 
 
-@pytest.mark.parametrize("name", workers.TRAININGS)
-def test_two_processes_train_as_one(name: str, results: Results) -> None:
-    expected = workers.train(0, 1, **workers.TRAININGS[name])
+def assert_same_curve(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
+    """Compare losses, and the samples that they are of, as far as steps have been taken."""
+    for step in found[0]["losses"]:
+        loss = sum(result["losses"][step] for result in found) / len(found)
+        assert loss == pytest.approx(expected["losses"][step], abs=TOLERANCE)
+        samples = sorted(entry for result in found for entry in result["seen"][step])
+        assert samples == sorted(expected["seen"][step])
+
+
+@pytest.mark.parametrize("job", [job for job in JOBS if job[2:] in trainings.TRAININGS])
+def test_processes_train_as_one(job: str, results: Results) -> None:
+    world, name = int(job[0]), job[2:]
+    expected = trainings.train(0, 1, **trainings.TRAININGS[name])
     assert any(len(set(ranks.values())) > 1 for ranks in expected["history"].values())
-    assert_alike(results(name), expected)
-
-
-def test_four_processes_train_as_one(results: Results) -> None:
-    assert_alike(results("momentum", 4), workers.train(0, 1))
+    assert_alike(results(name, world), expected)
 
 
 def test_four_processes_save_what_two_and_one_resume(folder: Path, results: Results) -> None:
-    expected = workers.train(0, 1, kind="adam")
-    assert all(isinstance(result, dict) for result in results("saved", 4))
-    assert_alike(results("resumed"), expected)
-    assert_alike([workers.resumed(folder, 0, 1)], expected)
+    expected = trainings.train(0, 1, **checkpoints.ELASTIC, steps=9)
+    ranks = {name: list(ranks.values()) for name, ranks in expected["history"].items()}
+    for name in ("0", "2"):  # by a schedule and by growth, before the save and after it
+        assert len(set(ranks[name][:4])) > 1 and len(set(ranks[name][3:])) > 1
+    forgetful = checkpoints.ELASTIC["rule"] | {"5": gt.Tolerance(0.6)}
+    without = trainings.train(0, 1, **{**checkpoints.ELASTIC, "rule": forgetful}, steps=9)
+    assert ranks["5"][:4] == list(without["history"]["5"].values())[:4]
+    assert ranks["5"] != list(without["history"]["5"].values())
+    assert [expected["seen"][k] for k in range(4)] != [expected["seen"][k] for k in range(4, 8)]
+
+    assert_same_curve(results("saved", 4), expected)
+    for found in results("resumed"), [checkpoints.resumed(folder, 0, 1)]:
+        assert list(found[0]["losses"]) == [3, 4, 5, 6, 7, 8]
+        assert_alike(found, expected)
+
+
+def test_groups_save_and_resume_apart(results: Results) -> None:
+    expected, found = trainings.train(0, 1, **checkpoints.ELASTIC, steps=9), results("teams", 4)
+    for team in (found[:2], found[2:]):
+        assert_alike(team, expected)
+
+
+def test_processes_load_one_checkpoint_or_none(results: Results) -> None:
+    for rank, found in enumerate(results("other_files")):
+        assert isinstance(found, list), found
+        (absent, *first), second, (other, *third) = found
+        assert re.search(("process 1 of 2 failed .*No such file", "No such file")[rank], absent)
+        assert second == ("{'step': 1}", False)
+        assert "expected the same checkpoint on all processes, got others than" in other
+        assert "on process 0 on [1]" in other
+        assert first == third == [True]  # nothing has changed
 
 
 def assert_resumed(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
@@ -113,15 +177,16 @@ def test_models_in_parts_are_resumed_by_other_numbers_of_processes(
     saved: int, resumed: int, results: Results
 ) -> None:
     assert all(isinstance(result, dict) for result in results("saved_parts", saved))
-    expected = workers.train(0, 1, **workers.PARTS)
+    expected = trainings.train(0, 1, **checkpoints.PARTS)
     assert_resumed(results(f"resumed parts of {saved}", resumed), expected)
 
 
 def test_what_was_in_parts_is_resumed_whole_and_the_reverse(folder: Path, results: Results) -> None:
-    expected = workers.train(0, 1, **workers.PARTS)
-    assert_resumed([workers.resumed_parts("parts of 2")(folder, 0, 1)], expected)
+    expected = trainings.train(0, 1, **checkpoints.PARTS)
+    assert_resumed([checkpoints.resumed_parts("parts of 2")(folder, 0, 1)], expected)
     assert load_checkpoint(folder / "parts of 2") == {"step": 3, "rank": 0}
-    assert_alike(results("resumed checkpoint"), workers.train(0, 1, kind="adam"))
+    expected = trainings.train(0, 1, **checkpoints.ELASTIC, steps=9)
+    assert_alike(results("resumed checkpoint"), expected)
 
 
 def test_a_folder_holds_one_checkpoint(folder: Path) -> None:
@@ -243,12 +308,12 @@ def test_a_process_killed_while_parts_are_saved_leaves_the_last_checkpoint(
     message = torch.load(folder / f"killed with {killed}.2.{survivor}")
     assert message.startswith(f"ProcessError checkpoint: process {survivor} of 2 has lost")
     assert f"Last heard of: process {1 - survivor} in checkpoint after step 1." in message
-    assert load_checkpoint(folder / f"parts before {killed}", workers.network()) == {"step": 1}
+    assert load_checkpoint(folder / f"parts before {killed}", trainings.network()) == {"step": 1}
 
 
 @pytest.mark.parametrize("name", ["unused_layers", "unused_layers alone"])
 def test_layers_that_some_or_all_processes_leave_out(name: str, results: Results) -> None:
-    expected = workers.unused_layers(0, 1)
+    expected = trainings.unused_layers(0, 1)
     for result in results(name):
         assert isinstance(result, dict), result
         torch.testing.assert_close(result["weight"], expected["weight"], rtol=0, atol=TOLERANCE)
@@ -256,21 +321,37 @@ def test_layers_that_some_or_all_processes_leave_out(name: str, results: Results
             assert torch.equal(value, results(name)[0]["state"][key])
 
 
-def test_nan_on_one_process_stops_the_step_on_all(results: Results) -> None:
-    for result in results("broken_input"):
+@pytest.mark.parametrize("world", [2, 4])
+def test_nan_on_one_process_stops_the_step_on_all(world: int, results: Results) -> None:
+    for result in results("broken_input", world):
+        assert isinstance(result, dict), result
         assert "expected finite numbers" in result["message"]
         assert result["same"]
-        assert result["ranks"] == results("broken_input")[0]["ranks"]
+        assert result["scales"] == [1024.0, 512.0, 512.0]  # skipped by a GradScaler, and stepped
+        assert result["ranks"] == results("broken_input", world)[0]["ranks"]
 
 
-def test_nan_in_a_part_of_one_process_stops_the_step_on_all(results: Results) -> None:
-    for messages in results("broken_part"):
-        assert len(messages) == 2
+@pytest.mark.parametrize("world", [2, 4])
+def test_nan_in_a_part_of_one_process_stops_the_step_on_all(world: int, results: Results) -> None:
+    for messages in results("broken_part", world):
+        assert len(messages) == world
         assert all("expected finite numbers" in message for message in messages)
 
 
-def test_processes_that_truncate_differently_take_what_the_first_has(results: Results) -> None:
-    assert_alike(results("other_truncation"), workers.train(0, 1, kind="adam"))
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("index", range(len(trainings.OTHER_BASES)), ids=trainings.OTHER_BASES)
+def test_processes_that_extend_bases_differently_take_those_of_the_first(
+    index: int, world: int, results: Results
+) -> None:
+    expected = trainings.train(0, 1, **trainings.TRAININGS[trainings.OTHER_BASES[index]])
+    assert_alike([found[index] for found in results("other_bases", world)], expected)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_that_truncate_differently_take_what_the_first_has(
+    world: int, results: Results
+) -> None:
+    assert_alike(results("other_truncation", world), trainings.train(0, 1, kind="adam"))
 
 
 def test_a_process_is_back_when_a_save_is_refused(results: Results) -> None:
@@ -323,7 +404,7 @@ def test_groups(results: Results) -> None:
     # A group of one trains alone, from a start of its own.
     for rank, result in enumerate(results("other_groups")):
         torch.manual_seed(rank)
-        expected = workers.train(0, 1)
+        expected = trainings.train(0, 1)
         torch.testing.assert_close(result["weights"], expected["weights"], rtol=0, atol=TOLERANCE)
 
 
@@ -332,34 +413,33 @@ def test_an_optimizer_that_was_there_before_the_processes_is_refused(results: Re
         assert "expected torch.distributed to be initialised before TDLRT is built" in message
 
 
+@pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize(
-    ("killed", "survivor", "waited", "step"),
+    ("killed", "waited", "step"),
     [
-        ("start", 0, "start", 0),
-        ("forward", 0, "synchronisation", 2),
-        ("backward", 0, "synchronisation", 2),
-        ("synchronisation", 0, "synchronisation", 2),
-        ("step", 0, "truncation", 2),
-        ("truncation", 0, "truncation", 2),
-        ("checkpoint", 1, "synchronisation", 3),
+        ("start", "start", 0),
+        ("forward", "synchronisation", 2),
+        ("backward", "synchronisation", 2),
+        ("synchronisation", "synchronisation", 2),
+        ("step", "truncation", 2),
+        ("truncation", "truncation", 2),
+        ("checkpoint", "synchronisation", 3),
     ],
 )
 def test_a_killed_process_ends_the_others_with_an_error_that_says_where_it_was(
-    killed: str, survivor: int, waited: str, step: int, folder: Path
+    killed: str, waited: str, step: int, world: int, folder: Path
 ) -> None:
-    assert not (folder / f"killed in {killed}.2.{1 - survivor}").exists()
-    message = torch.load(folder / f"killed in {killed}.2.{survivor}")
-    assert message.startswith(f"ProcessError {waited}: process {survivor} of 2 has lost the others")
-    assert f"Last heard of: process {1 - survivor} in {killed} after step {step}. Here" in message
+    victim = 0 if killed == "checkpoint" else world - 1
+    assert not (folder / f"killed in {killed}.{world}.{victim}").exists()
+    for survivor in set(range(world)) - {victim}:
+        message = torch.load(folder / f"killed in {killed}.{world}.{survivor}")
+        lost = f"ProcessError {waited}: process {survivor} of {world} has lost the others"
+        assert message.startswith(lost)
+        heard = rf"Last heard of: [^.]*\b{victim} in {killed} after step {step}[.;]"
+        assert re.search(heard, message), message
     if killed != "start":  # what was saved last is whole
-        assert load_checkpoint(folder / f"before {killed}", workers.network()) == {"step": 1}
-
-
-def test_of_several_survivors_each_says_where_the_killed_one_was(folder: Path) -> None:
-    for survivor in range(3):
-        message = torch.load(folder / f"killed in backward.4.{survivor}")
-        assert message.startswith(f"ProcessError synchronisation: process {survivor} of 4 has lost")
-        assert re.search(r"Last heard of: [^.]*\b3 in backward after step 2", message)
+        saved = folder / f"before {killed} of {world}"
+        assert load_checkpoint(saved, trainings.network()) == {"step": 1}
 
 
 def test_where_processes_were_may_be_lost_with_the_store(folder: Path) -> None:
@@ -420,9 +500,9 @@ def test_distribute_refuses_what_is_no_model() -> None:
 
 
 def test_a_group_without_torch_distributed_is_refused() -> None:
-    model = workers.network()
+    model = trainings.network()
     with pytest.raises(ValueError, match=r"process_group: expected None without"):
-        TDLRT(workers.OPTIMIZERS["sgd"](model), model, process_group="gloo")
+        TDLRT(trainings.OPTIMIZERS["sgd"](model), model, process_group="gloo")
 
 
 class Store(dist.HashStore):
