@@ -36,7 +36,10 @@ from geotucker_torch._sections import _digest
 
 from .processes import SCENARIOS, checkpoints, faults, trainings
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork"),
+    pytest.mark.xdist_group("processes"),  # one worker starts them, once
+]
 
 # Sums are taken in another order, and Adam divides small numbers by small ones.
 TOLERANCE = 1e-9
