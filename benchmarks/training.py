@@ -3,12 +3,15 @@
 import math
 import time
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
+from measuring import Timed, peak_bytes
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import geotucker as gt
 from geotucker_torch._train._data import DataSet, augment
@@ -41,6 +44,18 @@ class Recipe:
         return torch.optim.SGD(parameters, self.rate, self.momentum, weight_decay=self.decay)
 
 
+class Cost(NamedTuple):
+    """What a network asks for: operations for an image, and memory in a step of training.
+
+    Products count as two operations each, and those with an entry that is pruned as any others:
+    they are carried out. A step is the mean of two, as bases may move in every second one.
+    """
+
+    inference_mflops: float = math.nan
+    training_mflops: float = math.nan
+    peak_mib: float = math.nan
+
+
 class Epoch(NamedTuple):
     """What is seen at the end of an epoch.
 
@@ -54,6 +69,7 @@ class Epoch(NamedTuple):
     train_loss: float
     test_accuracy: float
     seconds: float
+    cost: Cost = Cost()
 
 
 class Diverged(Exception):  # noqa: N818
@@ -109,7 +125,8 @@ def train(
             after_step(step + 1, steps * recipe.epochs)
         seconds += time.process_time() - began
         loss = sum(losses) / len(losses)
-        yield Epoch(epoch + 1, count(model), loss, accuracy(model, data), seconds)
+        spent = cost(model, optimizer, (images, labels), by_closure)
+        yield Epoch(epoch + 1, count(model), loss, accuracy(model, data), seconds, spent)
 
 
 def batches(data: DataSet, recipe: Recipe, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -155,6 +172,32 @@ def descend(
     return loss
 
 
+def cost(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: tuple[Tensor, Tensor],
+    by_closure: bool = False,
+) -> Cost:
+    """Measure some steps, and take them back."""
+    before = deepcopy((model.state_dict(), optimizer.state_dict()))
+    steps = Timed(lambda: descend(model.train(), optimizer, *batch, by_closure), 2)
+    with FlopCounterMode(display=False) as training:
+        for _ in range(steps.calls):
+            steps.call()
+    with FlopCounterMode(display=False) as inference, torch.no_grad():
+        model.eval()(batch[0])
+    peak = peak_bytes(steps, model, optimizer, batch)
+    model.load_state_dict(before[0])
+    optimizer.load_state_dict(before[1])
+    optimizer.zero_grad()
+    images = 1e6 * len(batch[0])
+    return Cost(
+        inference.get_total_flops() / images,
+        training.get_total_flops() / images / steps.calls,
+        peak / 2**20,
+    )
+
+
 @torch.no_grad()
 def accuracy(model: nn.Module, data: DataSet) -> float:
     """Return the accuracy on the test set in percent."""
@@ -180,6 +223,7 @@ def row(epoch: Epoch) -> dict[str, str | int]:
         "train_loss": f"{epoch.train_loss:.4f}",
         "test_accuracy": f"{epoch.test_accuracy:.2f}",
         "seconds": f"{epoch.seconds:.1f}",
+        **{name: f"{number:.3f}" for name, number in epoch.cost._asdict().items()},
     }
 
 

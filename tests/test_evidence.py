@@ -162,6 +162,30 @@ def test_compression_by_some_methods(
     assert figures.FIGURES["time"](tmp_path).axes[0].get_xlabel().startswith("processor time")
 
 
+@pytest.mark.parametrize("method", ["dense", "TDLRT", "iterative pruning"])
+def test_costs_are_measured_in_steps_that_are_taken_back(
+    digits: DataSet, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    import compression
+    import training
+
+    monkeypatch.setattr(compression, "load", lambda *_: digits)
+    run = compression.Run("lenet5", method, 0.1, 0.05, 0, 2)
+    rows = list(compression.work(run))
+    monkeypatch.setattr(training, "cost", lambda *_: training.Cost())
+    assert [row["train_loss"] for row in compression.work(run)] == [r["train_loss"] for r in rows]
+    for row in rows:
+        # 20 x 25 products at 24 x 24 places, 50 x 500 at 8 x 8, and the two linear layers'.
+        dense = 2e-6 * (500 * 24**2 + 50 * 500 * 8**2 + 800 * 500 + 500 * 10)
+        inference = float(row["inference_mflops"])
+        if method == "TDLRT":
+            assert inference < 0.5 * dense
+        else:
+            assert inference == pytest.approx(dense, abs=1e-3)
+        assert 2 * inference < float(row["training_mflops"]) < 4 * inference
+        assert float(row["peak_mib"]) > 4 * int(row["parameters"]) / 2**20
+
+
 def test_sensitivity_to_all_settings(
     digits: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
