@@ -19,20 +19,23 @@ __all__ = ["Pooled"]
 class Pooled:
     """A map in coordinates in which a ridge draws slices to their mean, and not to zero.
 
-    A tensor is written as ``W = V x_1 A_1 ... x_d A_d`` with ``A_i^2 = (1 - pooling) I + pooling 1 1^T``,
-    and V is sought, of the same ranks. So ``Fit(Pooled(map, pooling), y, ridge=ridge)`` has the penalty
-    ``ridge / 2 ||V||^2``: for squared loss, W is a priori normal, of variance ``1 / ridge`` times
-    that of the noise, and two of its entries are correlated by `pooling` for each mode in which
-    they differ. The common mean is then penalised least, effects of one mode more, and
-    interactions the more, the more modes they join. A minimum in V is found in fewer steps than
-    one in W: what is penalised is better conditioned.
+    A tensor is written as ``W = V x_1 A_1 ... x_d A_d``, where ``A_i`` is the square root of
+    ``(1 - pooling) I + pooling 1 1^T``, and V is sought, of the same ranks. So
+    ``Fit(Pooled(map, pooling), y, ridge=ridge)`` has the penalty ``ridge / 2 ||V||^2``. For squared
+    loss this is a normal prior for W: the variance of an entry is ``1 / ridge`` times that of the
+    noise, and two entries are correlated by `pooling` to the number of modes in which they differ.
+    The common mean is penalised least, effects of one mode more, and interactions the more, the
+    more modes they join.
+
+    Where the ridge counts, steps in V are better conditioned than steps in W; where data are
+    exact and plenty it is the other way round.
 
     Parameters
     ----------
     map : LinearMap
         Of W, such as `Entries`.
     pooling : float
-        Correlation in [0, 1) of neighbouring entries; 0 for an ordinary ridge.
+        Correlation in [0, 1) of entries that differ in one mode; 0 for an ordinary ridge.
 
     Raises
     ------
