@@ -10,11 +10,11 @@ small tensors this is repeated with five masks. The error is ``||X_fit - X|| / |
 entries that are known and were not observed. All choose among the same ranks. geotucker holds out
 entries itself (`geotucker.complete`). For the others nine tenths of the observed entries are
 fitted; on the rest they choose ranks and when to stop, and then fit all observed entries
-for as many steps. Of the two tensors the better one counts, by the entries that were not observed,
-which is in their favour. A method has a given process time (which a busy machine does not spoil) for
-each candidate, or for all of them together, and the peers' last fit comes on top; a run ends early
-where it stands still, and a step that has begun is finished. Data are divided by the root mean
-square of the observed entries.
+for as many steps. Of the two tensors the better one counts, by the entries that were not
+observed, which is in their favour. A method has a given process time (which a busy machine does
+not spoil) for each candidate, or for all of them together, and the peers' last fit comes on top; a
+run ends early where it stands still, and a step that has begun is finished. Data are divided by
+the root mean square of the observed entries.
 
 Written to ``benchmarks/results/completion.csv``, which is filled run by run: a run that is in it is
 not done again. About a quarter of an hour on two idle cores.

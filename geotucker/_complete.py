@@ -51,7 +51,7 @@ class Completion(NamedTuple):
         As chosen: the point is a minimum of ``Fit(Pooled(Entries(...), pooling), values,
         ridge=ridge)``, or near one.
     error : float
-        On the entries that were held out, relative to their norm. It was the smallest of many, and
+        On the entries that were held out, relative to their norm. It was chosen among many, and
         is therefore a little optimistic.
     trials : tuple of Trial
         All that was tried, in this order.
@@ -87,6 +87,12 @@ class _Stand(NamedTuple):
     settings: _Settings
     points: list[TuckerPoint]
     error: float
+    squares: "np.ndarray[Any, np.dtype[Any]]"  # of the errors, of each entry held out
+
+    def surely_beats(self, other: "_Stand") -> bool:
+        """Tell whether the error is smaller by more than a standard error of the difference."""
+        gain = other.squares - self.squares
+        return bool(gain.mean() > gain.std() / math.sqrt(len(gain)))
 
 
 _Move: TypeAlias = Callable[[_Settings], _Settings]
@@ -109,7 +115,9 @@ def complete(
     Ranks, the weight of the ridge and how much slices are pooled (`Pooled`) are found by a search
     that cross-validates: from rank one, a setting is changed at a time, each fit goes on from
     the last one, and a change stays if the error on the held-out entries has fallen. There are two
-    climbs, without pooling and with it; the better one's settings are fitted to all entries. Every
+    climbs, with pooling and without, the more promising one first (pooled where there are few
+    entries for each slice); the second one counts if it is better by more than a standard error.
+    The settings are then fitted to all entries. Every
     ridge is in proportion to the error reached so far, an estimate of the noise. Of many entries
     only as many folds are held out as tell the error well.
 
@@ -181,11 +189,12 @@ def complete(
         steps=steps,
         out_of_time=lambda: clock() - began > (1.0 - _LAST_SHARE) * seconds,
     )
-    stands: list[_Stand] = []
-    for start, moves in _climbs(count, entries.shape):
-        if not stands or not search.out_of_time():
-            stands.append(search.climb(start, moves))
-    settings, points, error = min(stands, key=lambda stand: stand.error)
+    first, second = _climbs(count, entries.shape)
+    best = search.climb(*first)
+    if not search.out_of_time():
+        other = search.climb(*second)
+        best = other if other.surely_beats(best) else best
+    settings, points, error, _ = best
     fit, level = search.fit(entries, values, settings, error)
     point = _advance(fit, level, points[0], _LAST_STEPS * steps, lambda: clock() - began > seconds)
     return Completion(point, fit.ridge, settings.pooling, error, tuple(search.trials))
@@ -230,17 +239,18 @@ class _Search:
 
     def _try(self, settings: _Settings, stand: _Stand | None) -> _Stand:
         """Fit and judge all folds, from where a climb stands."""
-        points, errors, ridge = [], [], 0.0
+        points, residuals, ridge = [], [], 0.0
         for number, fold in enumerate(self.folds):
             before = None if stand is None else stand.points[number]
             error = 1.0 if stand is None else stand.error
             fit, ranks = self.fit(fold.fitted, fold.values, settings, error)
             points.append(_advance(fit, ranks, before, self.steps, self.out_of_time))
-            errors.append(_ops.norm(fold.held_out.predict(points[-1]) - fold.targets))
+            residuals.append(_ops.to_numpy(fold.held_out.predict(points[-1]) - fold.targets))
             ridge = fit.ridge
-        error = math.hypot(*errors) / self.norm
+        squares = np.concatenate(residuals).astype(np.float64) ** 2
+        error = math.sqrt(squares.sum()) / self.norm
         self.trials.append(Trial(self.candidates[settings.level], ridge, settings.pooling, error))
-        return _Stand(settings, points, error)
+        return _Stand(settings, points, error, squares)
 
 
 def _advance(
@@ -263,6 +273,7 @@ def _advance(
         fit,
         start,
         integrator=ConjugateGradient(),
+        ranks=ranks,
         steps=steps,
         stop=when_flat(relative_change=1e-3, window=3),
         callback=lambda point, report: out_of_time(),

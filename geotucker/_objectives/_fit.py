@@ -189,11 +189,12 @@ class Fit:
         return self._steepest(zero, self._numbers(ranks), sweeps, seed, lambda step: step)
 
     def grow(self, point: Any, ranks: Any, sweeps: int = 1, seed: int = 0) -> TuckerPoint:
-        """Return a point of larger ranks where the loss is lower: one steepest step from a point.
+        """Return a point of larger ranks, one steepest step away from a point.
 
         As `start` does from zero. The direction ``-grad L(W)`` is not projected on the tangent
         space, which at a minimum in the ranks of W holds nothing of it, and has as many ranks as
-        are missing, whether one or many.
+        are missing, whether one or many. Where no length lowers the loss, which may be if some
+        modes keep their ranks, the tensor stays as it is, with empty directions.
 
         Parameters
         ----------
@@ -227,8 +228,10 @@ class Fit:
         base = orthonormalise(as_fitting(point))
         pairs = zip(self._numbers(ranks), base.ranks, strict=True)
         wanted = [max(pair) for pair in pairs]
-        missing = [max(new - old, 1) for new, old in zip(wanted, base.ranks, strict=True)]
         rule = Fixed(tuple(wanted))
+        missing = tuple(max(new - old, 1) for new, old in zip(wanted, base.ranks, strict=True))
+        if Fixed(missing).for_shape(self.shape) != missing:  # no tensor has them
+            missing = rule.for_shape(self.shape)
         return self._steepest(
             base, missing, sweeps, seed, lambda step: truncate([add(base, step)], rule)[0].point
         )
