@@ -20,8 +20,9 @@ Written to ``benchmarks/results/completion.csv``, which is filled run by run: a 
 not done again. About a quarter of an hour on two idle cores.
 
 What came out: geotucker's mean error is below every peer's on each tensor and share of which the
-table has the peers (some runs on Indian Pines are still to be made). Clearly on IL2 and Kinetic; on COVID-19 serology by 0.01 to 0.02 at 1 and 5 %, and at 10 % by
-0.0003, which is nothing (on one mask of five, where larger ranks were chosen, it is 0.01 behind).
+table has the peers (some runs on Indian Pines are still to be made). Clearly on IL2 and Kinetic;
+on COVID-19 serology by 0.01 to 0.02 at 1 and 5 %, and at 10 % by 0.0003, which is nothing (on one
+mask of five, where larger ranks were chosen, it is 0.01 behind).
 
 What was seen when: the prior, the search and its constants were developed on synthetic tensors,
 and looked at on IL2, Kinetic and Indian Pines with masks other than these. A first run of this
