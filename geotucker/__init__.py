@@ -5,6 +5,7 @@ The binding for neural networks in PyTorch is the package ``geotucker_torch``.
 """
 
 from . import testing
+from ._complete import Completion, Trial, complete
 from ._dynamics import Evolution, Sum, TimeStep, integrate
 from ._errors import (
     BackendError,
@@ -52,6 +53,7 @@ from ._objectives import (
     LinearMap,
     Logistic,
     Poisson,
+    Pooled,
     Samples,
     Squared,
     completion,
@@ -81,6 +83,7 @@ __all__ = [
     "BackendError",
     "Batches",
     "Budget",
+    "Completion",
     "ConjugateGradient",
     "Contractable",
     "CoreScheme",
@@ -107,6 +110,7 @@ __all__ = [
     "ModeRule",
     "NonFiniteError",
     "Poisson",
+    "Pooled",
     "RankError",
     "RankRule",
     "Report",
@@ -123,6 +127,7 @@ __all__ = [
     "Tangent",
     "TimeStep",
     "Tolerance",
+    "Trial",
     "Truncation",
     "TuckerPoint",
     "TuckerTangent",
@@ -131,6 +136,7 @@ __all__ = [
     "as_point",
     "as_rule",
     "augment",
+    "complete",
     "completion",
     "decompose_file",
     "hosvd",

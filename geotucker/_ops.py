@@ -113,7 +113,12 @@ def _backend(array: Array) -> Any:
 
 def dtype_name(array: Array) -> str:
     """Return the dtype as a plain word: ``"float32"`` for any library's float32."""
-    return str(array.dtype).rpartition(".")[2]
+    return _word(array.dtype)
+
+
+@lru_cache(maxsize=64)  # NumPy takes longer to spell a dtype than to add two small arrays
+def _word(dtype: Any) -> str:
+    return str(dtype).rpartition(".")[2]
 
 
 def is_real_floating(array: Array) -> bool:

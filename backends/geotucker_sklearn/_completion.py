@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from sklearn.base import BaseEstimator, RegressorMixin
-from sklearn.utils import check_scalar
+from sklearn.utils import check_random_state, check_scalar
 from sklearn.utils.validation import check_is_fitted, check_non_negative
 
 import geotucker as gt
@@ -23,12 +23,15 @@ class TuckerCompletion(RegressorMixin, BaseEstimator):
 
     A sample is an entry: its coordinates are the row of X, its value is in y. Nothing dense is
     formed, whatever the tensor's shape. `geotucker.completion` is minimised by conjugate gradients
-    in ranks that grow from one, which finds the dominant parts first. `score` is R^2.
+    in ranks that grow from one, which finds the dominant parts first. Where entries are few or
+    noisy, or nothing is known of the ranks, take ``ranks="auto"``. `score` is R^2.
 
     Parameters
     ----------
-    ranks : int, float or tuple of int
-        As for `geotucker.Fixed`: of each mode, a common cap, or a fraction of the entries.
+    ranks : int, float, tuple of int or "auto"
+        As for `geotucker.Fixed`: of each mode, a common cap, or a fraction of the entries. With
+        "auto", `geotucker.complete` chooses ranks, ridge and pooling by cross-validation among the
+        training entries, and `growth`, `ridge`, `pooling`, `max_iter` and `tol` are not read.
     shape : tuple of int, optional
         Shape (n_1, ..., n_d) of the tensor. By default it ends at the largest coordinates of the
         training entries; state it where entries beyond may be asked for, as in cross-validation.
@@ -39,6 +42,9 @@ class TuckerCompletion(RegressorMixin, BaseEstimator):
         Weight of the mean square of all entries beside the mean squared error of the known ones,
         at least 0. A little of it keeps the tensor from running away where nothing is known; where
         its rank is exact, 0 finds it exactly.
+    pooling : float
+        In [0, 1): how much slices are expected to be alike, see `geotucker.Pooled`. The ridge then
+        draws them to their mean and not to zero, and can be far stronger.
     fit_intercept : bool
         Take the mean of y off first. Coordinates of which the training had no entry are then
         predicted as the mean, and as zero otherwise.
@@ -47,8 +53,10 @@ class TuckerCompletion(RegressorMixin, BaseEstimator):
     tol : float
         Stop once ten steps raise R^2 on the training entries by at most this (with an intercept;
         else 1 minus the squared relative error).
+    seconds : float
+        Time for "auto", but for the step in progress.
     random_state : int, RandomState or None
-        Of the starting point.
+        Of the starting point, or of the folds.
 
     Attributes
     ----------
@@ -58,8 +66,10 @@ class TuckerCompletion(RegressorMixin, BaseEstimator):
         Mean of y, or 0.
     shape_ : tuple of int
         Shape of the tensor.
+    ridge_, pooling_ : float
+        As given or chosen.
     n_iter_ : int
-        Steps taken.
+        Steps taken; with "auto", settings tried.
     n_features_in_ : int
         Number of modes.
     feature_names_in_ : array of str
@@ -84,18 +94,22 @@ class TuckerCompletion(RegressorMixin, BaseEstimator):
         shape: Any = None,
         growth: int | None = 10,
         ridge: float = 0.01,
+        pooling: float = 0.0,
         fit_intercept: bool = False,
         max_iter: int = 200,
         tol: float = 1e-5,
+        seconds: float = math.inf,
         random_state: Any = None,
     ) -> None:
         self.ranks = ranks
         self.shape = shape
         self.growth = growth
         self.ridge = ridge
+        self.pooling = pooling
         self.fit_intercept = fit_intercept
         self.max_iter = max_iter
         self.tol = tol
+        self.seconds = seconds
         self.random_state = random_state
 
     def __sklearn_tags__(self) -> Any:
@@ -136,16 +150,23 @@ class TuckerCompletion(RegressorMixin, BaseEstimator):
         _check_within(coordinates, shape)
         intercept = y.mean() if self.fit_intercept else y.dtype.type(0.0)
         # The core's ridge and errors are sums: over all entries, and over the known ones.
-        ridge = self.ridge * len(y) / math.prod(shape)
-        fit = gt.completion(coordinates.T, y - intercept, shape, ridge=ridge)
-        self.point_, self.n_iter_ = minimise(
-            fit,
-            self.ranks,
-            growth=self.growth,
-            max_iter=self.max_iter,
-            tol=self.tol,
-            random_state=self.random_state,
-        )
+        unit = len(y) / math.prod(shape)
+        if isinstance(self.ranks, str):
+            found = self._choose(coordinates, y - intercept, shape)
+            self.point_, self.n_iter_ = found.point, len(found.trials)
+            self.ridge_, self.pooling_ = found.ridge / unit, found.pooling
+        else:
+            pooled = gt.Pooled(gt.Entries(coordinates.T, shape, y), self.pooling)
+            point, self.n_iter_ = minimise(
+                gt.Fit(pooled, y - intercept, ridge=self.ridge * unit),
+                self.ranks,
+                growth=self.growth,
+                max_iter=self.max_iter,
+                tol=self.tol,
+                random_state=self.random_state,
+            )
+            self.point_ = gt.orthonormalise(pooled.tensor(point))
+            self.ridge_, self.pooling_ = self.ridge, self.pooling
         self.shape_, self.intercept_ = shape, intercept
         return self
 
@@ -171,6 +192,18 @@ class TuckerCompletion(RegressorMixin, BaseEstimator):
         _check_within(coordinates, self.shape_)
         entries = gt.Entries(coordinates.T, self.shape_, self.point_.core)
         return entries.predict(self.point_) + self.intercept_
+
+    def _choose(self, coordinates: Array, y: Array, shape: tuple[int, ...]) -> gt.Completion:
+        """Complete by what cross-validation chooses."""
+        if self.ranks != "auto":
+            raise gt.RankError(f'ranks: expected numbers or "auto", got {self.ranks!r}')
+        check_scalar(self.seconds, "seconds", Real, min_val=0.0, include_boundaries="neither")
+        if len(y) < 2:
+            raise ValueError('ranks: "auto" holds entries out and needs 2 samples, got n_samples=1')
+        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        return gt.complete(
+            coordinates.T, y, shape, folds=min(5, len(y)), seconds=self.seconds, seed=seed
+        )
 
     def _whole(self, X: Array) -> Array:
         """Return coordinates as integers."""

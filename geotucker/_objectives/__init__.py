@@ -5,6 +5,7 @@ from ._entries import Entries, completion
 from ._fit import Batches, Fit, LinearMap
 from ._full import Full, least_squares
 from ._losses import EntryLoss, Logistic, Poisson, Squared
+from ._pooled import Pooled
 from ._samples import Samples, regression
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "LinearMap",
     "Logistic",
     "Poisson",
+    "Pooled",
     "Samples",
     "Squared",
     "completion",

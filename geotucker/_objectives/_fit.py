@@ -1,6 +1,6 @@
 """What all explicit objectives are: a linear map of the tensor, data, and a loss between them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -9,10 +9,10 @@ import numpy as np
 from .. import _ops
 from .._errors import ShapeError
 from .._geometry import Contractable, Gradient, contract
-from .._hosvd import orthonormalise
+from .._hosvd import orthonormalise, truncate
 from .._ops import Array
 from .._ranks import Fixed, as_rule
-from .._tensor import TuckerPoint, as_fitting, check_finite, check_floating, check_like
+from .._tensor import TuckerPoint, add, as_fitting, check_finite, check_floating, check_like
 from ._losses import SQUARED, EntryLoss
 
 __all__ = ["Batches", "Fit", "LinearMap"]
@@ -185,21 +185,82 @@ class Fit:
         >>> np.allclose(gt.to_dense(start), tensor)
         True
         """
+        zero = self._zero()
+        return self._steepest(zero, self._numbers(ranks), sweeps, seed, lambda step: step)
+
+    def grow(self, point: Any, ranks: Any, sweeps: int = 1, seed: int = 0) -> TuckerPoint:
+        """Return a point of larger ranks, one steepest step away from a point.
+
+        As `start` does from zero. The direction ``-grad L(W)`` is not projected on the tangent
+        space, which at a minimum in the ranks of W holds nothing of it, and has as many ranks as
+        are missing, whether one or many. Where no length lowers the loss, which may be if some
+        modes keep their ranks, the tensor stays as it is, with empty directions.
+
+        Parameters
+        ----------
+        point : pair
+            Any ``(core, factors)``.
+        ranks : int, float or tuple of int
+            As for `Fixed`; a mode that has them already keeps its own.
+        sweeps, seed : int
+            As for `start`.
+
+        Returns
+        -------
+        TuckerPoint
+            With orthonormal factors.
+
+        Raises
+        ------
+        ShapeError, BackendError, RankError
+            If the point does not fit the data, or the ranks cannot be used.
+
+        Examples
+        --------
+        >>> import numpy as np, geotucker as gt
+        >>> tensor = gt.to_dense(gt.testing.random_point((6, 7, 8), (2, 2, 2)))
+        >>> fit = gt.least_squares(tensor)
+        >>> one = gt.minimize(fit, fit.start(1), integrator=gt.ConjugateGradient(), steps=20)
+        >>> two = fit.grow(one.point, 2)
+        >>> two.ranks, fit(two)[0] < one.loss
+        ((2, 2, 2), True)
+        """
+        base = orthonormalise(as_fitting(point))
+        pairs = zip(self._numbers(ranks), base.ranks, strict=True)
+        wanted = [max(pair) for pair in pairs]
+        rule = Fixed(tuple(wanted))
+        missing = tuple(max(new - old, 1) for new, old in zip(wanted, base.ranks, strict=True))
+        if Fixed(missing).for_shape(self.shape) != missing:  # no tensor has them
+            missing = rule.for_shape(self.shape)
+        return self._steepest(
+            base, missing, sweeps, seed, lambda step: truncate([add(base, step)], rule)[0].point
+        )
+
+    def _steepest(
+        self,
+        base: TuckerPoint,
+        ranks: Sequence[int],
+        sweeps: int,
+        seed: int,
+        arrive: Callable[[TuckerPoint], TuckerPoint],
+    ) -> TuckerPoint:
+        """Return where a steepest step of some ranks arrives, shortened until the loss falls."""
+        loss, gradient = self(base)
+        direction = _hooi(gradient, self._bases(ranks, seed), sweeps)
+        descent = _ops.norm(direction.core) ** 2
+        length = descent / max(gradient.curvature(direction), 1e-300)
+        for _ in range(60 if descent > 0.0 else 0):
+            end = arrive(TuckerPoint(length * direction.core, direction.factors))
+            if self(end)[0] < loss:  # false for NaN too
+                return end
+            length *= 0.5
+        return arrive(TuckerPoint(0.0 * direction.core, direction.factors))
+
+    def _numbers(self, ranks: Any) -> tuple[int, ...]:
         rule = as_rule(ranks)
         if not isinstance(rule, Fixed):
             raise ValueError(f"ranks: expected numbers for a start, got {rule}")
-        loss, gradient = self(self._zero())
-        point = _hooi(gradient, self._bases(rule.for_shape(self.shape), seed), sweeps)
-        descent = _ops.norm(point.core) ** 2
-        if descent == 0.0:
-            return point
-        length = descent / max(gradient.curvature(point), 1e-300)
-        for _ in range(60):
-            start = TuckerPoint(length * point.core, point.factors)
-            if self(start)[0] < loss:  # false for NaN too
-                return start
-            length *= 0.5
-        return TuckerPoint(0.0 * point.core, point.factors)
+        return rule.for_shape(self.shape)
 
     def _zero(self) -> TuckerPoint:
         core = _ops.zeros((1,) * len(self.shape), like=self.observed)

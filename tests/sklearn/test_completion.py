@@ -45,6 +45,34 @@ def test_it_is_what_the_core_finds():
     )
 
 
+def test_all_can_be_chosen():
+    rng = np.random.default_rng(2)
+    effects = np.add.outer(np.add.outer(*(rng.standard_normal(n) for n in SHAPE[:2])), np.zeros(14))
+    few, rest = EVERYWHERE[CHOSEN[:150]], EVERYWHERE[CHOSEN[150:]]
+    noisy = effects[tuple(few.T)] + 3.0 + 0.7 * rng.standard_normal(150)
+    truth = effects[tuple(rest.T)] + 3.0
+    chosen = TuckerCompletion("auto", shape=SHAPE, seconds=3.0, random_state=0).fit(few, noisy)
+    assert 0.0 < chosen.pooling_ < 1.0
+    given = TuckerCompletion(3, shape=SHAPE, random_state=0).fit(few, noisy)
+    assert chosen.score(rest, truth) > max(0.6, given.score(rest, truth) + 0.2)
+    again = TuckerCompletion(
+        chosen.point_.ranks,
+        shape=SHAPE,
+        ridge=chosen.ridge_,
+        pooling=chosen.pooling_,
+        tol=1e-4,
+        random_state=0,
+    ).fit(few, noisy)
+    assert again.score(rest, truth) > chosen.score(rest, truth) - 0.1
+
+
+def test_pooling_draws_what_was_never_seen_to_the_mean():
+    known = X[X[:, 0] != 3]
+    model = TuckerCompletion(1, shape=SHAPE, pooling=0.9, ridge=0.1, random_state=0)
+    model.fit(known, np.full(len(known), 5.0))
+    np.testing.assert_allclose(model.predict([[3, 0, 0], [3, 12, 13]]), 5.0, rtol=0.15)
+
+
 def test_slices_that_were_never_seen_are_predicted_as_the_mean():
     known = X[(X[:, 0] != 3)]
     y = TENSOR[tuple(known.T)] + 5.0
@@ -150,6 +178,22 @@ FAILURES = {
     "no shape": ({"shape": 12}, X, Y, gt.ShapeError, "shape: expected a tuple of integers, got 12"),
     "ranks": ({"ranks": (1, 2)}, X, Y, gt.RankError, "ranks: expected 3 positive integers"),
     "growth": ({"growth": 0}, X, Y, ValueError, "growth == 0, must be >= 1"),
+    "pooling": ({"pooling": 1.0}, X, Y, ValueError, r"pooling: expected a number in \[0, 1\)"),
+    "word": ({"ranks": "few"}, X, Y, gt.RankError, 'ranks: expected numbers or "auto", got \'few'),
+    "seconds": (
+        {"ranks": "auto", "seconds": 0.0},
+        X,
+        Y,
+        ValueError,
+        "seconds == 0.0, must be > 0",
+    ),
+    "one entry": (
+        {"ranks": "auto", "shape": SHAPE},
+        X[:1],
+        Y[:1],
+        ValueError,
+        '"auto" holds entries out and needs 2 samples',
+    ),
     "ridge": ({"ridge": -1.0}, X, Y, ValueError, "ridge == -1.0, must be >= 0.0"),
 }
 
