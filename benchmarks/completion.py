@@ -165,7 +165,7 @@ def cases() -> dict[str, Case]:
 
 
 SECONDS = {"Kinetic": 2.0, "IL2": 3.0, "COVID-19 serology": 3.0, "Indian Pines": 3.0}
-MASKS = {"Kinetic": 1, "IL2": 5, "COVID-19 serology": 5, "Indian Pines": 1}
+MASKS = {"Kinetic": 1, "IL2": 10, "COVID-19 serology": 10, "Indian Pines": 1}
 
 
 def by_pymanopt(data: Data, settings: Settings, best: Best) -> None:
@@ -371,7 +371,7 @@ def main(
     only: Annotated[str, typer.Option(help="Names of tensors, with commas.")] = "",
     methods: Annotated[str, typer.Option(help="Names of methods, with semicolons.")] = "",
     fractions: Annotated[str, typer.Option(help="Shares of entries, with commas.")] = "",
-    masks: Annotated[int, typer.Option(help="At most so many masks.")] = 5,
+    masks: Annotated[int, typer.Option(help="At most so many masks.")] = 10,
     seconds: Annotated[float, typer.Option(help="Times the usual process time.")] = 1.0,
     out: Annotated[Path, typer.Option(help="The table.")] = RESULTS,
 ) -> None:

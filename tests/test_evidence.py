@@ -101,7 +101,7 @@ def test_stability_by_all_methods(
     import tables
 
     monkeypatch.setattr(stability, "load", lambda *_: digits)
-    ordinary, decaying = (stability.network(start, 0) for start in stability.STARTS)
+    ordinary, decaying, _ = (stability.network(start, 0) for start in stability.STARTS)
     for one, other in zip(ordinary.children(), decaying.children(), strict=True):
         if hasattr(one, "core"):
             ranks = (20, 1, 5, 5), (20, 20, 5, 5), (20, 20), (10, 10)
@@ -125,7 +125,11 @@ def test_stability_by_all_methods(
         losses = [float(row["train_loss"]) for row in rows if row["start"] == start]
         assert max(losses) - min(losses) <= 2e-4
     axes = figures.FIGURES["stability"](tmp_path).axes
-    assert [panel.get_title() for panel in axes] == ["ordinary start", "decaying start"]
+    assert [panel.get_title() for panel in axes] == [
+        "ordinary start",
+        "decaying start",
+        "steep start",
+    ]
     assert len(axes[0].get_lines()) == len(stability.METHODS)
 
 
