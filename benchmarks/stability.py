@@ -7,10 +7,11 @@ Run from the root of the repository, with the extra ``train`` installed::
 Every layer has rank 20 (or as much as its shape allows), and keeps it. The ordinary start is
 PyTorch's, truncated; in the decaying one the j-th singular value of every unfolding is about
 ``2^-j`` of the first (of a convolution's roughly), at the same norm, and in the steep one
-``10^-j``. All methods start from the same function. Plain SGD with rate 0.01 and batches of 128, for 20 epochs, as in Figure 2 of the
-paper (Zangrando et al., NeurIPS 2024). Written to ``benchmarks/results/stability.csv``, which is
-filled run by run: a run that is in it is not done again. MNIST is downloaded, or read from the
-folder that ``GEOTUCKER_DATA_DIR`` names. A run takes six to eight minutes of one core.
+``10^-j``. All methods start from the same function. Plain SGD with rate 0.01 and batches of 128,
+for 20 epochs, as in Figure 2 of the paper (Zangrando et al., NeurIPS 2024). Written to
+``benchmarks/results/stability.csv``, which is filled run by run: a run that is in it is not done
+again. MNIST is downloaded, or read from the folder that ``GEOTUCKER_DATA_DIR`` names. A run takes
+six to eight minutes of one core.
 """
 
 from collections.abc import Callable, Iterator
