@@ -133,7 +133,7 @@ def itemsize(array: Array) -> int:
 
 def shape(array: Array) -> tuple[int, ...]:
     """Return the shape as a tuple of Python integers."""
-    return tuple(int(n) for n in array.shape)
+    return tuple(map(int, array.shape))
 
 
 def reshape(array: Array, new_shape: Sequence[int]) -> Array:
