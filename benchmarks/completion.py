@@ -285,7 +285,7 @@ def by_geotucker(
         indices,
         tensor[indices],
         tensor.shape,
-        ranks=ranks,
+        candidates=ranks,
         seconds=len(ranks) * seconds,
         clock=time.process_time,
     )

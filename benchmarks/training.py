@@ -48,7 +48,8 @@ class Cost(NamedTuple):
     """What a network asks for: operations for an image, and memory in a step of training.
 
     Products count as two operations each, and those with an entry that is pruned as any others:
-    they are carried out. A step is the mean of two, as bases may move in every second one.
+    they are carried out; decompositions, 1 to 5 % of the time of a step, are not counted. A step
+    is the mean of two, as bases may move in every second one.
     """
 
     inference_mflops: float = math.nan
@@ -114,7 +115,9 @@ def train(
     steps = math.ceil(len(data.train_labels) / recipe.batch)
     for epoch in range(recipe.epochs) if epochs is None else epochs:
         began, losses = time.process_time(), []
+        first: tuple[Tensor, Tensor] | None = None  # the last batch may be smaller
         for i, (images, labels) in enumerate(batches(data, recipe, epoch)):
+            first = first or (images, labels)
             step = epoch * steps + i
             set_rate(optimizer, recipe, step / steps)
             try:
@@ -125,7 +128,8 @@ def train(
             after_step(step + 1, steps * recipe.epochs)
         seconds += time.process_time() - began
         loss = sum(losses) / len(losses)
-        spent = cost(model, optimizer, (images, labels), by_closure)
+        assert first is not None, "no images"
+        spent = cost(model, optimizer, first, by_closure)
         yield Epoch(epoch + 1, count(model), loss, accuracy(model, data), seconds, spent)
 
 
@@ -178,8 +182,24 @@ def cost(
     batch: tuple[Tensor, Tensor],
     by_closure: bool = False,
 ) -> Cost:
-    """Measure some steps, and take them back."""
+    """Measure some steps, and take them back; NaN where training breaks down in them."""
     before = deepcopy((model.state_dict(), optimizer.state_dict()))
+    try:
+        return _cost(model, optimizer, batch, by_closure)
+    except (Diverged, gt.NonFiniteError):
+        return Cost()
+    finally:
+        model.load_state_dict(before[0])
+        optimizer.load_state_dict(before[1])
+        optimizer.zero_grad()
+
+
+def _cost(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: tuple[Tensor, Tensor],
+    by_closure: bool,
+) -> Cost:
     steps = Timed(lambda: descend(model.train(), optimizer, *batch, by_closure), 2)
     with FlopCounterMode(display=False) as training:
         for _ in range(steps.calls):
@@ -187,9 +207,6 @@ def cost(
     with FlopCounterMode(display=False) as inference, torch.no_grad():
         model.eval()(batch[0])
     peak = peak_bytes(steps, model, optimizer, batch)
-    model.load_state_dict(before[0])
-    optimizer.load_state_dict(before[1])
-    optimizer.zero_grad()
     images = 1e6 * len(batch[0])
     return Cost(
         inference.get_total_flops() / images,

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from . import _ops
-from ._errors import RankError, ShapeError
-from ._hosvd import orthonormalise
+from ._errors import BackendError, RankError, ShapeError
+from ._hosvd import orthonormalise, round
 from ._integrators import ConjugateGradient
 from ._minimize import minimize, when_flat
 from ._objectives import Entries, Fit, Pooled
 from ._ops import Array
-from ._ranks import Fixed
+from ._ranks import Fixed, is_count
 from ._tensor import TuckerPoint, check_finite, check_floating
 
 __all__ = ["Completion", "Trial", "complete"]
@@ -103,7 +103,7 @@ def complete(
     values: Array,
     shape: Sequence[int],
     *,
-    ranks: Sequence[Any] | None = None,
+    candidates: Sequence[Any] | None = None,
     folds: int = 5,
     steps: int = 10,
     seconds: float = math.inf,
@@ -129,15 +129,16 @@ def complete(
         The entries, of the library, dtype and device that are to compute.
     shape : sequence of int
         Shape (n_1, ..., n_d) of the tensor.
-    ranks : sequence of int or tuple, optional
-        Candidates, each as for `Fixed`, from small to large; all ones comes before them. By
+    candidates : sequence, optional
+        For the ranks, each as for `Fixed`, from small to large; all ones comes before them. By
         default common ranks, in steps of half of what there is.
     folds : int
-        From 2 to m; each is held out once.
+        At least 2; each is held out once. Not more than there are entries.
     steps : int
         Of conjugate gradients, at most, for each trial and fold.
     seconds : float
-        The search ends in time for the last fit to end then, but for the step in progress.
+        The search ends in time for the last fit to end then, but for the step in progress. Without
+        it the search takes what it takes: seconds to minutes for some ten thousand entries.
     clock : callable
         What tells the seconds; ``time.process_time`` does not see other processes.
     seed : int
@@ -150,9 +151,10 @@ def complete(
     Raises
     ------
     BackendError, NonFiniteError, ShapeError
-        If indices, values and shape do not fit each other, as for `completion`.
+        If indices, values and shape do not fit each other, as for `completion`; if values have half
+        precision, or there are fewer than two.
     RankError
-        If a candidate for the ranks cannot be used, or is smaller in a mode than the one before.
+        If a candidate cannot be used, or is smaller in a mode than the one before.
     ValueError
         If `folds`, `steps` or `seconds` is out of its range.
 
@@ -177,16 +179,24 @@ def complete(
         )
     check_finite(values, "values")
     (count,) = entries.observed_shape
-    if not 2 <= folds <= count:
-        raise ValueError(f"folds: expected from 2 to {count}, the number of entries, got {folds}")
-    if steps < 1:
+    if _ops.itemsize(values) < 4:
+        raise BackendError(f"values: expected float32 or float64, got {_ops.dtype_name(values)}")
+    if count < 2:
+        raise ShapeError(f"values: expected at least two entries, one is held out, got {count}")
+    if not (is_count(folds) and folds > 1):
+        raise ValueError(f"folds: expected an integer of at least 2, got {folds}")
+    if not is_count(steps):
         raise ValueError(f"steps: expected a positive integer, got {steps}")
     if not seconds > 0.0:
         raise ValueError(f"seconds: expected a positive number, got {seconds}")
+    # Squares of values in other units may overflow or vanish.
+    scale = _ops.norm(values) / math.sqrt(count) or 1.0
+    values = values / scale
     search = _Search(
-        candidates=_candidates(ranks, entries.shape, count),
-        folds=list(_folds(entries, values, folds, seed)),
+        candidates=_candidates(candidates, entries.shape, count),
+        folds=list(_folds(entries, values, min(folds, count), seed)),
         steps=steps,
+        exact=100.0 * _ops.eps(values),  # beyond, errors are nothing but rounding
         out_of_time=lambda: clock() - began > (1.0 - _LAST_SHARE) * seconds,
     )
     first, second = _climbs(count, entries.shape)
@@ -197,6 +207,7 @@ def complete(
     settings, points, error, _ = best
     fit, level = search.fit(entries, values, settings, error)
     point = _advance(fit, level, points[0], _LAST_STEPS * steps, lambda: clock() - began > seconds)
+    point = TuckerPoint(scale * point.core, point.factors)
     return Completion(point, fit.ridge, settings.pooling, error, tuple(search.trials))
 
 
@@ -208,9 +219,10 @@ class _Search:
         candidates: list[tuple[int, ...]],
         folds: list[_Fold],
         steps: int,
+        exact: float,
         out_of_time: Callable[[], bool],
     ) -> None:
-        self.candidates, self.folds, self.steps = candidates, folds, steps
+        self.candidates, self.folds, self.steps, self.exact = candidates, folds, steps, exact
         self.out_of_time = out_of_time
         self.norm = math.hypot(*(_ops.norm(fold.targets) for fold in folds)) or 1.0
         self.trials: list[Trial] = []
@@ -219,9 +231,9 @@ class _Search:
         """Move for as long as a move helps; one that has helped is tried again at once."""
         stand = self._try(start, None)
         queue, failures = list(moves), 0
-        while failures < len(queue) and not self.out_of_time():
+        while stand.error > self.exact and failures < len(queue) and not self.out_of_time():
             settings = queue[0](stand.settings)
-            level = min(settings.level, len(self.candidates) - 1)
+            level = min(max(settings.level, 0), len(self.candidates) - 1)
             tried = self._try(settings._replace(level=level), stand)
             if tried.error < (1.0 - _MARGIN) * stand.error:
                 stand, failures = tried, 0
@@ -241,6 +253,8 @@ class _Search:
         """Fit and judge all folds, from where a climb stands."""
         points, residuals, ridge = [], [], 0.0
         for number, fold in enumerate(self.folds):
+            if stand is not None and self.out_of_time():
+                return stand  # a trial of some of the folds cannot be compared
             before = None if stand is None else stand.points[number]
             error = 1.0 if stand is None else stand.error
             fit, ranks = self.fit(fold.fitted, fold.values, settings, error)
@@ -260,13 +274,13 @@ def _advance(
     steps: int,
     out_of_time: Callable[[], bool],
 ) -> TuckerPoint:
-    """Return a better tensor, of given ranks, than one of these ranks or smaller ones."""
+    """Return a better tensor, of given ranks, than one of any ranks cut to these."""
     pooled = fit.map
     assert isinstance(pooled, Pooled)
     if before is None:
         start = fit.start(ranks)
     else:
-        start = orthonormalise(pooled.coordinates(before))
+        start = round(pooled.coordinates(before), ranks)
         if start.ranks != ranks:
             start = fit.grow(start, ranks)
     result = minimize(
@@ -288,16 +302,21 @@ def _climbs(count: int, shape: tuple[int, ...]) -> list[tuple[_Settings, list[_M
     of ``m / N`` does.
     """
     share = count / math.prod(shape)
-    plain = _Settings(0, 0.3 * share, 0.0), [_wider, _ridge(0.1), _ridge(10.0), _again]
+    plain = _Settings(0, 0.3 * share, 0.0), [_wider, _ridge(0.1), _ridge(10.0), _again, _narrower]
     pooled = (
         _Settings(0, share, 0.5),
-        [_wider, _ridge(10.0), _pooling(0.1), _ridge(0.1), _pooling(10.0), _again],
+        [_wider, _ridge(10.0), _pooling(0.1), _ridge(0.1), _pooling(10.0), _again, _narrower],
     )
     return [plain, pooled] if count > _PLENTY * sum(shape) else [pooled, plain]
 
 
 def _wider(settings: _Settings) -> _Settings:
     return settings._replace(level=settings.level + 1)
+
+
+def _narrower(settings: _Settings) -> _Settings:
+    """Go back: more ranks may have helped only because they came with more steps."""
+    return settings._replace(level=settings.level - 1)
 
 
 def _again(settings: _Settings) -> _Settings:
@@ -319,18 +338,18 @@ def _pooling(factor: float) -> _Move:
 
 
 def _candidates(
-    ranks: Sequence[Any] | None, shape: tuple[int, ...], count: int
+    given: Sequence[Any] | None, shape: tuple[int, ...], count: int
 ) -> list[tuple[int, ...]]:
     """Return feasible ranks from ones upwards."""
-    given = _common(shape, count) if ranks is None else ranks
+    given = _common(shape, count) if given is None else given
     if isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
-        raise RankError(f"ranks: expected a sequence of candidates, got {given!r}")
+        raise RankError(f"candidates: expected a sequence of ranks, got {given!r}")
     found = dict.fromkeys(Fixed(one).for_shape(shape) for one in (1, *given))
     candidates = list(found)
     for smaller, larger in pairwise(candidates):
         if any(a > b for a, b in zip(smaller, larger, strict=True)):
             raise RankError(
-                f"ranks: expected candidates from small to large, got {larger} after {smaller}"
+                f"candidates: expected ranks from small to large, got {larger} after {smaller}"
             )
     return candidates
 
@@ -338,9 +357,12 @@ def _candidates(
 def _common(shape: tuple[int, ...], count: int) -> list[int]:
     """Return common ranks for which the core has at most as many entries as were observed."""
     ranks = [1]
-    while ranks[-1] < max(shape) and math.prod(min(n, ranks[-1]) for n in shape) <= count:
-        ranks.append(ranks[-1] + max(1, ranks[-1] // 2))
-    return ranks[:-1] or [1]
+    while ranks[-1] < max(shape):
+        rank = ranks[-1] + max(1, ranks[-1] // 2)
+        if math.prod(min(n, rank) for n in shape) > count:
+            break
+        ranks.append(rank)
+    return ranks
 
 
 def _folds(entries: Entries, values: Array, folds: int, seed: int) -> Iterator[_Fold]:

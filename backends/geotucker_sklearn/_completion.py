@@ -201,9 +201,7 @@ class TuckerCompletion(RegressorMixin, BaseEstimator):
         if len(y) < 2:
             raise ValueError('ranks: "auto" holds entries out and needs 2 samples, got n_samples=1')
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-        return gt.complete(
-            coordinates.T, y, shape, folds=min(5, len(y)), seconds=self.seconds, seed=seed
-        )
+        return gt.complete(coordinates.T, y, shape, seconds=self.seconds, seed=seed)
 
     def _whole(self, X: Array) -> Array:
         """Return coordinates as integers."""

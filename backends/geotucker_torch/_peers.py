@@ -312,8 +312,10 @@ class Peers:
             if self._same([point for point in points if point is not None]):
                 return points
             first = object_of_first(points, self._group)
-        device = self._slots[0].core.device
-        return [None if point is None else _to(point, device) for point in first]
+        elsewhere = self._slots[0].core.device  # where this process has none of its own
+        devices = [elsewhere if point is None else point.core.device for point in points]
+        pairs = zip(first, devices, strict=True)
+        return [None if point is None else _to(point, device) for point, device in pairs]
 
     def _same(self, points: Sequence[gt.TuckerPoint]) -> bool:
         """Tell whether points are the same on all processes, to the last bit."""

@@ -1,5 +1,6 @@
 """What all explicit objectives are: a linear map of the tensor, data, and a loss between them."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
@@ -250,9 +251,11 @@ class Fit:
         descent = _ops.norm(direction.core) ** 2
         length = descent / max(gradient.curvature(direction), 1e-300)
         for _ in range(60 if descent > 0.0 else 0):
-            end = arrive(TuckerPoint(length * direction.core, direction.factors))
-            if self(end)[0] < loss:  # false for NaN too
-                return end
+            core = length * direction.core
+            if math.isfinite(_ops.max_abs(core)):
+                end = arrive(TuckerPoint(core, direction.factors))
+                if self(end)[0] < loss:  # false for NaN too
+                    return end
             length *= 0.5
         return arrive(TuckerPoint(0.0 * direction.core, direction.factors))
 

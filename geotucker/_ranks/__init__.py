@@ -15,6 +15,7 @@ from ._base import (
     Values,
     choose,
     in_force,
+    is_count,
     tail_norms,
 )
 from ._budget import Budget
@@ -39,6 +40,7 @@ __all__ = [
     "as_rule",
     "choose",
     "in_force",
+    "is_count",
     "sensitivity",
     "tail_norms",
 ]

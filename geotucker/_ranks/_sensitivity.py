@@ -13,6 +13,7 @@ gradient of that, and s is the same in any gauge.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 __all__ = ["Sensitivities", "sensitivity"]
 
@@ -44,6 +45,20 @@ class Sensitivities:
 
     means: Mapping[str, float] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Mapping[str, Any]]) -> "Sensitivities":
+        """Return those of a state of plain numbers; it raises what `float` and `int` do.
+
+        Examples
+        --------
+        >>> Sensitivities.of_state({"means": {"fc": 2}, "counts": {"fc": 1}})
+        Sensitivities(means={'fc': 2.0}, counts={'fc': 1})
+        """
+        means = {name: float(mean) for name, mean in state["means"].items()}
+        if not all(math.isfinite(mean) and mean >= 0.0 for mean in means.values()):
+            raise ValueError(f"means: expected finite numbers of at least 0, got {means}")
+        return cls(means, {name: int(state["counts"][name]) for name in means})
 
     def after(self, values: Mapping[str, float | None]) -> "Sensitivities":
         """Return the means with one more value for some names, where there is one.

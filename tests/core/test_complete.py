@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import geotucker as gt
+from geotucker._complete import _common
 
 from . import reference
 from .cases import ANY_SHAPE, Case, assert_close, cases
@@ -141,7 +142,7 @@ def test_exact_data_of_low_rank_are_found_without_pooling():
     tensor = gt.to_dense(gt.testing.random_point((12, 11, 10), (2, 2, 2), seed=1))
     known, rest = observed(tensor, 900)
     result = gt.complete(
-        known, tensor[known], tensor.shape, ranks=[2], steps=30, clock=ticks(), seconds=500
+        known, tensor[known], tensor.shape, candidates=[2], steps=30, clock=ticks(), seconds=500
     )
     assert result.pooling == 0.0
     assert relative_error(result.point, tensor, rest) < 0.02
@@ -178,7 +179,7 @@ def test_the_result_is_a_minimum_of_what_it_says(backend):
     tensor = case.dense(case.point()) + 0.1 * case.normal(*SHAPE)
     known, _ = observed(tensor, 100)
     values = case.array(tensor[known])
-    result = gt.complete(known, values, SHAPE, ranks=[2], clock=ticks(), seconds=150)
+    result = gt.complete(known, values, SHAPE, candidates=[2], clock=ticks(), seconds=150)
     pooled = gt.Pooled(gt.Entries(known, SHAPE, values), result.pooling)
     fit = gt.Fit(pooled, values, ridge=result.ridge)
     start = gt.orthonormalise(pooled.coordinates(result.point))
@@ -199,12 +200,45 @@ def test_the_same_seed_gives_the_same():
     assert result(0).trials != result(1).trials
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_ranks_that_came_with_more_steps_are_given_back(noise):
+    # Ranks grow while each fit still gains by its steps, and beyond what the tensor has.
+    shape = (16, 16, 16)
+    tensor = gt.to_dense(gt.testing.random_point(shape, (3, 3, 3), seed=0))
+    tensor /= tensor.std()
+    known, rest = observed(tensor, 1500)
+    values = tensor[known] + noise * np.random.default_rng(1).standard_normal(1500)
+    result = gt.complete(known, values, shape, clock=ticks(), seconds=2000)
+    assert result.point.ranks == (3, 3, 3)
+    assert relative_error(result.point, tensor, rest) < 0.5 * noise + 1e-4
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e160])
+def test_units_do_not_matter(scale):
+    tensor = 2.0 + gt.to_dense(gt.testing.random_point(SHAPE, (2, 2, 2)))
+    known, _ = observed(tensor, 60)
+    one, other = (
+        gt.complete(known, unit * tensor[known], SHAPE, clock=ticks(), seconds=150)
+        for unit in (1.0, scale)
+    )
+    assert one.point.ranks == other.point.ranks
+    assert one.error == pytest.approx(other.error, rel=1e-6)
+    found = gt.to_dense(other.point) / scale
+    assert np.allclose(found, gt.to_dense(one.point), rtol=1e-5)
+
+
+def test_all_ranks_are_tried_where_all_is_known():
+    assert _common((2, 2), 4) == [1, 2]
+    assert _common((3, 3, 3), 27) == [1, 2, 3]
+    assert _common((3, 3, 3), 26) == [1, 2]
+
+
 def test_time_ends_the_search():
     tensor = gt.to_dense(gt.testing.random_point(SHAPE, (2, 2, 2)))
     known, _ = observed(tensor, 60)
     counts = [
         len(gt.complete(known, tensor[known], SHAPE, clock=ticks(), seconds=seconds).trials)
-        for seconds in (1, 60, 120)
+        for seconds in (1, 120, 300)
     ]
     assert counts[0] == 1
     assert counts[0] < counts[1] < counts[2]
@@ -214,7 +248,7 @@ def test_of_many_entries_one_fold_is_held_out():
     shape = (40, 40, 40)
     tensor = gt.to_dense(gt.testing.random_point(shape, (2, 2, 2)))
     known, rest = observed(tensor, 50_000)
-    result = gt.complete(known, tensor[known], shape, ranks=[2], clock=ticks(), seconds=60)
+    result = gt.complete(known, tensor[known], shape, candidates=[2], clock=ticks(), seconds=60)
     assert len(result.trials) > 3  # five folds would have taken the time for two
     assert relative_error(result.point, tensor, rest) < 0.1
 
@@ -238,15 +272,30 @@ ERRORS = {
     "NaN": (lambda: complete(values=(1.0, 2.0, math.nan)), gt.NonFiniteError, "values"),
     "values": (lambda: complete(values=(1.0, 2.0)), gt.ShapeError, "values: expected shape (3,)"),
     "outside": (lambda: complete(shape=(7, 2, 5)), gt.ShapeError, "indices[1]: expected from 0 to"),
-    "one fold": (lambda: complete(folds=1), ValueError, "folds: expected from 2 to 3"),
-    "folds": (lambda: complete(folds=4), ValueError, "folds: expected from 2 to 3, the number of"),
+    "one fold": (
+        lambda: complete(folds=1),
+        ValueError,
+        "folds: expected an integer of at least 2, got 1",
+    ),
+    "folds": (lambda: complete(folds=2.5), ValueError, "folds: expected an integer of at least 2"),
+    "one entry": (
+        lambda: complete([k[:1] for k in KNOWN], (1.0,)),
+        gt.ShapeError,
+        "values: expected at least two entries",
+    ),
+    "half precision": (
+        lambda: complete(values=np.ones(3, "f2")),
+        gt.BackendError,
+        "values: expected float32 or float64, got float16",
+    ),
     "steps": (lambda: complete(steps=0), ValueError, "steps: expected a positive integer, got 0"),
+    "half a step": (lambda: complete(steps=1.5), ValueError, "steps: expected a positive integer"),
     "seconds": (lambda: complete(seconds=0.0), ValueError, "seconds: expected a positive number"),
-    "rank": (lambda: complete(ranks=3), gt.RankError, "ranks: expected a sequence of candidates"),
+    "rank": (lambda: complete(candidates=3), gt.RankError, "candidates: expected a sequence of"),
     "order": (
-        lambda: complete(ranks=[(2, 3, 2), (3, 2, 3)]),
+        lambda: complete(candidates=[(2, 3, 2), (3, 2, 3)]),
         gt.RankError,
-        "ranks: expected candidates from small to large, got (3, 2, 3) after (2, 3, 2)",
+        "candidates: expected ranks from small to large, got (3, 2, 3) after (2, 3, 2)",
     ),
     "pooling": (
         lambda: gt.Pooled(gt.Full(SHAPE), 1.0),

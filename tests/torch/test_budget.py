@@ -100,6 +100,18 @@ def test_sensitivities_are_those_of_core_and_gradient():
     assert optimizer._sensitivities.means == pytest.approx(means, rel=1e-4)
 
 
+@pytest.mark.parametrize("means", [3, {"0": "x"}, {"0": torch.nan}])
+def test_sensitivities_that_are_none_are_not_loaded(means):
+    model, _, _ = problem()
+    factorize(model, 0.5, verbose=False)
+    optimizer = TDLRT(torch.optim.SGD(model.parameters(), 0.02), model, gt.Budget(parameters=0.3))
+    broken = optimizer.state_dict()
+    broken["tdlrt"]["sensitivities"] = {"means": means, "counts": {"0": 1}}
+    with pytest.raises(ValueError, match=r"state_dict|could not convert|means"):
+        optimizer.load_state_dict(broken)
+    assert optimizer._sensitivities.means == {}
+
+
 def test_a_failed_step_leaves_the_sensitivities():
     model, x, y = problem()
     factorize(model, 0.5, verbose=False)
