@@ -125,6 +125,7 @@ def test_times_are_per_call_and_relative_to_the_first() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/net/dev").exists(), reason="the bytes are Linux's")
+@pytest.mark.xdist_group("processes")  # the loopback's bytes are those of all who use it
 def test_exchange_of_processes(tmp_path: Path) -> None:
     path = tmp_path / "distributed.csv"
     environment = os.environ | {

@@ -14,6 +14,7 @@ from . import trainers
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork"),
     pytest.mark.slow,
+    pytest.mark.xdist_group("processes"),  # one worker starts them, once
 ]
 
 
