@@ -165,7 +165,7 @@ def complete(
     >>> truth = np.add.outer(np.add.outer(np.arange(6.0), np.arange(7.0)), np.arange(8.0))
     >>> known = np.nonzero(rng.random(truth.shape) < 0.3)
     >>> noisy = truth + rng.standard_normal(truth.shape)
-    >>> result = gt.complete(known, noisy[known], truth.shape, seconds=3)
+    >>> result = gt.complete(known, noisy[known], truth.shape, seconds=10)
     >>> bool(np.linalg.norm(gt.to_dense(result.point) - truth) < 0.1 * np.linalg.norm(truth))
     True
     """

@@ -333,14 +333,6 @@ def norm(array: Array) -> float:
     return largest * math.sqrt(backend.sum(scaled * scaled).item())
 
 
-def plain_norm(array: Array) -> Array:
-    """Frobenius norm, still on the device; infinite or zero where the squares are.
-
-    A third of the operations of the safe ones, for numbers that are not needed at the extremes.
-    """
-    return _backend(array).norm(array)
-
-
 def component(a: Array, b: Array) -> Array:
     """Return ``<a, b> / ||a||``, still on the device; 0 if a is zero.
 

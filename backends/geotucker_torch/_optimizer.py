@@ -312,8 +312,7 @@ class TDLRT(Optimizer):
             steps, rules = int(own["steps"]), self._rules.with_state(own)
             history = RankHistory.of_state(own["history"])
             scales = {name: float(scale) for name, scale in own["loss_scales"].items()}
-            known = own.get("sensitivities")  # not in the first files
-            sensitivities = Sensitivities() if known is None else Sensitivities.of_state(known)
+            sensitivities = Sensitivities.of_state(own["sensitivities"])
             _check_shapes(state_dict, self.wrapped, self._slots)
         except (AttributeError, LookupError, TypeError) as error:
             raise ValueError(

@@ -249,7 +249,7 @@ def observed(
     """
     narrow = [_ops.leading(g, ranks) for g, ranks in zip(gradients, previous, strict=True)]
     descents = map(_ops.component, gradients, steps)
-    norms = map(_ops.plain_norm, (*cores, *narrow))
+    norms = [_ops.component(array, array) for array in (*cores, *narrow)]
     numbers = iter(_ops.floats([*descents, *norms]))
     allowed, sizes, slopes = ([next(numbers) for _ in cores] for _ in range(3))
     return [

@@ -92,6 +92,7 @@ ARRAYS = {
     "least_squares": lambda: gt.least_squares(DENSE + 0j),
     "completion": lambda: entries(np.ones(2) + 0j),
     "Fit": lambda: gt.Fit(gt.Full((5, 4, 3)), DENSE + 0j),
+    "complete": lambda: gt.complete([np.arange(2), np.arange(2)], np.ones(2) + 0j, (2, 2)),
     "regression, inputs": lambda: gt.regression(SAMPLES + 0j, np.ones(2)),
     "regression, outputs": lambda: gt.regression(SAMPLES, np.ones(2) + 0j),
     "Samples": lambda: gt.Samples(SAMPLES + 0j),
