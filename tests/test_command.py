@@ -107,6 +107,8 @@ def test_failures_are_one_line_and_leave_nothing(
 def test_a_killed_run_leaves_no_result(data: Path, number: int) -> None:
     """The process is ended while it writes, which it is made to do slowly."""
     code = (
+        # Who is started in the background of a shell ignores this signal, and so do its children.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import sys, time; from geotucker import _command as c\n"
         "def write(file, point):\n"
         "    file.write(b'half'); file.flush(); print('writing', flush=True); time.sleep(60)\n"
