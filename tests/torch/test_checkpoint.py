@@ -599,8 +599,10 @@ def test_a_killed_save_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
 
 
 def run_program(*arguments: Any) -> str:
-    """Run this file as a program and return its output."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    """Run this file as a program, on as many threads as this process, and return its output."""
+    threads = str(torch.get_num_threads())  # sums depend on it
+    path = os.pathsep.join(sys.path)
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": path}
     program = [sys.executable, "-W", "ignore", __file__, *map(str, arguments)]
     done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
