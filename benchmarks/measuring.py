@@ -57,7 +57,7 @@ def interleaved(functions: Mapping[str, Timed], repeats: int) -> dict[str, Times
 def _seconds(timed: Timed) -> tuple[float, float]:
     """Return wall and process time of one call."""
     wall, cpu = time.perf_counter(), time.process_time()
-    _repeat(timed)
+    repeat(timed)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     return wall / timed.calls, cpu / timed.calls
 
@@ -72,7 +72,7 @@ class Shares(NamedTuple):
 def shares(timed: Timed) -> Shares:
     """Profile one measurement."""
     with _marked(), profile(activities=[ProfilerActivity.CPU]) as profiled:
-        _repeat(timed)
+        repeat(timed)
     events = profiled.key_averages()
     total = sum(event.self_cpu_time_total for event in events)
     algebra = sum(
@@ -113,10 +113,10 @@ def peak_bytes(
     on what PyTorch's allocator gives and takes. (What libraries take for themselves is not seen.)
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        _repeat(timed)  # the profiler overlooks the end of tensors whose beginning it has not seen
+        repeat(timed)  # the profiler overlooks the end of tensors whose beginning it has not seen
         held = _bytes([*_tensors(model, optimizer), *others])
         with record_function(_MEASURED):
-            _repeat(timed)
+            repeat(timed)
     assert profiled.profiler is not None
     results: Any = profiled.profiler.kineto_results
     start = next(event.start_ns() for event in results.events() if event.name() == _MEASURED)
@@ -128,7 +128,8 @@ def peak_bytes(
     return max(accumulate((change for _, change in changes), initial=held))
 
 
-def _repeat(timed: Timed) -> None:
+def repeat(timed: Timed) -> None:
+    """Call it as often as makes one measurement."""
     for _ in range(timed.calls):
         timed.call()
 

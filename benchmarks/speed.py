@@ -8,10 +8,10 @@ Single layers and whole networks have a tenth of the parameters of the dense one
 compared with plain gradient descent on core and factors, by our layers and by those of
 tensorly-torch; inference by a convolution also where images are stored channels last, in and out.
 Everything that is compared is timed in turns in one process, and there is one process for each
-number of threads. The gradient of the output is a fixed random
-tensor: that of, say, a sum of squares would lie in the span of the output's basis, and new
-directions would be nothing but rounding. The table goes to ``benchmarks/results/speed.csv``;
-rows of other cases stay there. About an hour on two cores.
+number of threads. The gradient of the output is a fixed random tensor: that of, say, a sum of
+squares would lie in the span of the output's basis, and new directions would be nothing but
+rounding. The table goes to ``benchmarks/results/speed.csv``; rows of other cases stay there. About
+an hour on two cores.
 """
 
 import os

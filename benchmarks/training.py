@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
-from measuring import Timed, peak_bytes
+from measuring import Timed, peak_bytes, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -115,9 +115,7 @@ def train(
     steps = math.ceil(len(data.train_labels) / recipe.batch)
     for epoch in range(recipe.epochs) if epochs is None else epochs:
         began, losses = time.process_time(), []
-        first: tuple[Tensor, Tensor] | None = None  # the last batch may be smaller
         for i, (images, labels) in enumerate(batches(data, recipe, epoch)):
-            first = first or (images, labels)
             step = epoch * steps + i
             set_rate(optimizer, recipe, step / steps)
             try:
@@ -128,7 +126,7 @@ def train(
             after_step(step + 1, steps * recipe.epochs)
         seconds += time.process_time() - began
         loss = sum(losses) / len(losses)
-        assert first is not None, "no images"
+        first = next(batches(data, recipe, epoch))  # the last one may be smaller
         spent = cost(model, optimizer, first, by_closure)
         yield Epoch(epoch + 1, count(model), loss, accuracy(model, data), seconds, spent)
 
@@ -202,8 +200,7 @@ def _cost(
 ) -> Cost:
     steps = Timed(lambda: descend(model.train(), optimizer, *batch, by_closure), 2)
     with FlopCounterMode(display=False) as training:
-        for _ in range(steps.calls):
-            steps.call()
+        repeat(steps)
     with FlopCounterMode(display=False) as inference, torch.no_grad():
         model.eval()(batch[0])
     peak = peak_bytes(steps, model, optimizer, batch)

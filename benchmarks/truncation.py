@@ -60,15 +60,15 @@ def truncations(model: nn.Module, optimizer: TDLRT, images: Batches) -> Iterator
             for rank in range(len(values) - 1, 0, -1):
                 ranks = tuple(rank if i == mode else n for i, n in enumerate(whole.shape))
                 (cut,) = gt.truncate([point], lambda spectra, ranks=ranks: [ranks])
-                kept = (values[:rank] ** 2).sum() / (values**2).sum()
+                attenuation = -math.log((values[:rank] ** 2).sum() / (values**2).sum())
                 layer.core.copy_(gt.to_dense(cut.point))
                 yield {
                     "layer": name,
                     "mode": mode,
                     "rank": rank,
                     "of": len(values),
-                    "attenuation": f"{-math.log(kept):.6f}",
-                    "expected": f"{-0.5 * size * sensitivity * math.log(kept):.6f}",
+                    "attenuation": f"{attenuation:.6f}",
+                    "expected": f"{0.5 * size * sensitivity * attenuation:.6f}",
                     "measured": f"{mean_loss(model, images) - before:.6f}",
                 }
         layer.core.copy_(whole)

@@ -1,6 +1,5 @@
 """The optimizer TDLRT: any torch optimizer as the one-step integrator of Tucker cores."""
 
-import dataclasses
 import math
 import time
 import weakref
@@ -285,7 +284,7 @@ class TDLRT(Optimizer):
             "steps": self._steps,
             "ranks": {slot.name: slot.settled_ranks for slot in self._slots},
             "history": self._history.state(),
-            "sensitivities": dataclasses.asdict(self._sensitivities),
+            "sensitivities": self._sensitivities.state(),
             "loss_scales": {name: float(layer.loss_scale) for name, layer in layers.items()},
             **self._rules.state(),
         }

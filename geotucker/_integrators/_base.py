@@ -249,6 +249,7 @@ def observed(
     """
     narrow = [_ops.leading(g, ranks) for g, ranks in zip(gradients, previous, strict=True)]
     descents = map(_ops.component, gradients, steps)
+    # Norms, as <a, a> / ||a||: they stay on the device, and do not overflow.
     norms = [_ops.component(array, array) for array in (*cores, *narrow)]
     numbers = iter(_ops.floats([*descents, *norms]))
     allowed, sizes, slopes = ([next(numbers) for _ in cores] for _ in range(3))

@@ -46,9 +46,13 @@ class Sensitivities:
     means: Mapping[str, float] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)
 
+    def state(self) -> dict[str, Any]:
+        """Return them as plain containers."""
+        return {"means": dict(self.means), "counts": dict(self.counts)}
+
     @classmethod
     def of_state(cls, state: Mapping[str, Mapping[str, Any]]) -> "Sensitivities":
-        """Return those of a state of plain numbers; it raises what `float` and `int` do.
+        """Return those with a state of `state`; it raises what `float` and `int` do.
 
         Examples
         --------
