@@ -7,7 +7,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import geotucker as gt
@@ -16,15 +16,14 @@ from ._layers import TuckerModule
 from ._parts import is_sharded
 from ._slots import Slot, find_slots
 
-__all__ = ["restored_if_it_fails", "untouched_if_loading_fails"]
+__all__ = ["Before", "restored_if_it_fails", "untouched_if_loading_fails"]
 
 
-@contextmanager
-def restored_if_it_fails(optimizer: Optimizer, slots: Sequence[Slot]) -> Iterator[None]:
-    """Put parameters, gradients, lifts and the optimizer's state back if the block raises.
+class Before:
+    """All that a step may spoil, as it was before.
 
-    Costs a copy of all that the optimizer steps, and of its state, while the block runs. Factors
-    are not copied: they are never written in place.
+    Costs a copy of what the optimizer steps, and of its state. Factors are not copied: they are
+    never written in place.
 
     Parameters
     ----------
@@ -33,29 +32,66 @@ def restored_if_it_fails(optimizer: Optimizer, slots: Sequence[Slot]) -> Iterato
     slots : sequence of Slot
         The Tucker tensors.
     """
-    points = [slot.point for slot in slots]
-    layers = [slot.layer for slot in slots if slot.layer is not None]
-    lifts = [layer.lift_state() for layer in layers]
-    gradients = {p: p.grad for slot in slots for p in (slot.core, *slot.factors)}
-    factors = {factor for slot in slots for factor in slot.factors}
-    stepped = [p for group in optimizer.param_groups for p in group["params"]]
-    values = {p: p.detach().clone() for p in stepped if p.requires_grad and p not in factors}
-    state = {p: _copy_state(entry) for p, entry in optimizer.state.items()}
-    try:
-        yield
-    except BaseException:
-        for slot, point in zip(slots, points, strict=True):
-            slot.write(gt.TuckerPoint(values.get(slot.core, point.core), point.factors))
-        for parameter, gradient in gradients.items():
+
+    def __init__(self, optimizer: Optimizer, slots: Sequence[Slot]) -> None:
+        self._optimizer, self._slots = optimizer, slots
+        self._points = [slot.point for slot in slots]
+        self._layers = [slot.layer for slot in slots if slot.layer is not None]
+        self._lifts = [layer.lift_state() for layer in self._layers]
+        self._gradients = {p: p.grad for slot in slots for p in (slot.core, *slot.factors)}
+        factors = {factor for slot in slots for factor in slot.factors}
+        stepped = [p for group in optimizer.param_groups for p in group["params"]]
+        stepped = [p for p in stepped if p.requires_grad and p not in factors]
+        self._values = {p: p.detach().clone() for p in stepped}
+        self._state = {p: _copy_state(entry) for p, entry in optimizer.state.items()}
+
+    def put_back(self) -> None:
+        """Put parameters, gradients, lifts and the optimizer's state back."""
+        for slot, point in zip(self._slots, self._points, strict=True):
+            core = self._values.get(slot.core, point.core)
+            slot.write(gt.TuckerPoint(core, point.factors))
+        for parameter, gradient in self._gradients.items():
             parameter.grad = gradient
-        for layer, lift in zip(layers, lifts, strict=True):
+        for layer, lift in zip(self._layers, self._lifts, strict=True):
             layer.restore_lift(lift)
         with torch.no_grad():
-            for parameter, value in values.items():
-                if parameter not in gradients:
+            for parameter, value in self._values.items():
+                if parameter not in self._gradients:
                     parameter.copy_(value)
-        optimizer.state.clear()
-        optimizer.state.update(state)
+        self._optimizer.state.clear()
+        self._optimizer.state.update(self._state)
+
+    def changes(self) -> list[tuple[Tensor, Tensor]] | None:
+        """Return each tensor that a step of the cores writes, with what was in it.
+
+        None if there is more to a way back than these: the state is new, or holds other things
+        than tensors that have changed.
+        """
+        pairs = [(parameter.detach(), value) for parameter, value in self._values.items()]
+        state = self._optimizer.state
+        if set(state) != set(self._state):
+            return None
+        for parameter, old in self._state.items():
+            new = state[parameter]
+            if not isinstance(old, dict) or set(new) != set(old):
+                return None
+            for key, value in old.items():
+                if torch.is_tensor(value):
+                    pairs.append((new[key], value))
+                elif not isinstance(value, dict) and new[key] != value:
+                    return None
+        same = all(torch.is_tensor(now) and now.shape == then.shape for now, then in pairs)
+        return pairs if same and not any(is_sharded(now) for now, _ in pairs) else None
+
+
+@contextmanager
+def restored_if_it_fails(optimizer: Optimizer, slots: Sequence[Slot]) -> Iterator[Before]:
+    """Put everything back, as `Before` describes it, if the block raises."""
+    before = Before(optimizer, slots)
+    try:
+        yield before
+    except BaseException:
+        before.put_back()
         raise
 
 

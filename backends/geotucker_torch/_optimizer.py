@@ -19,8 +19,8 @@ from geotucker._integrators._base import observed
 from geotucker._ranks import Sensitivities
 
 from ._collectives import phase
-from ._finite import Largest, check_finite, largest_of
-from ._guard import restored_if_it_fails
+from ._finite import Largest, Verdict, check_finite, largest_of
+from ._guard import Before, restored_if_it_fails
 from ._history import RankHistory
 from ._layers import TuckerModule
 from ._lifted import Extension, Lift, Right, Waiting
@@ -96,6 +96,10 @@ class TDLRT(Optimizer):
     one_pass : bool
         Whether layers of this package extend their bases in their own backward pass. False: by
         two calls of a closure, as published, which gives the result of "tdlrt".
+    late_check : bool, optional
+        Whether a step between changes of the bases leaves it to the next step to tell that a
+        gradient was not finite, so that nobody waits for the device: see *All or nothing*. By
+        default where all cores are on CUDA devices.
     process_group : torch.distributed.ProcessGroup, optional
         The processes that train this model together, each with batches of its own; by default all
         of them, if torch.distributed is initialised. A group of one process trains alone.
@@ -135,7 +139,9 @@ class TDLRT(Optimizer):
 
     *All or nothing.* If a step raises (in the closure, for a gradient that is NaN or
     infinite, in the wrapped optimizer), parameters and state are as they were before it.
-    That costs a copy of the stepped parameters and of their state while the step runs.
+    That costs a copy of the stepped parameters and of their state while the step runs. With
+    `late_check` the device itself drops a step with numbers that are not finite: it counts as a
+    step, changes nothing, and the next `step` raises before it begins.
 
     Examples
     --------
@@ -166,6 +172,7 @@ class TDLRT(Optimizer):
         basis_every: int | None = None,
         match_rms: bool = True,
         one_pass: bool = True,
+        late_check: bool | None = None,
         process_group: Any = None,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
@@ -193,6 +200,8 @@ class TDLRT(Optimizer):
         self.integrator = integrator
         self.basis_every = basis_every
         self.match_rms = match_rms
+        self.late_check = late_check
+        self._verdict: Verdict | None = None  # on the step before, if nobody has heard it yet
         self._slots = slots
         waiting = _share_lifts(slots)
         self.peers = None if group is None else Peers(group, model, optimizer, slots)
@@ -279,6 +288,8 @@ class TDLRT(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the wrapped optimizer's ``state_dict`` with the entry ``"tdlrt"`` added."""
+        if self._verdict is not None:
+            self._verdict.hear()
         layers = {slot.name: slot.layer for slot in self._slots if slot.layer is not None}
         own = {
             "steps": self._steps,
@@ -319,7 +330,7 @@ class TDLRT(Optimizer):
             ) from error
         self.wrapped.load_state_dict({k: v for k, v in state_dict.items() if k != "tdlrt"})
         self._steps, self._rules, self._history = steps, rules, history
-        self._sensitivities = sensitivities
+        self._sensitivities, self._verdict = sensitivities, None
         self._left = {slot.name: slot.settled_ranks for slot in self._slots}
         if self.peers is not None:
             self.peers.steps = steps
@@ -330,7 +341,7 @@ class TDLRT(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return everything, for copies and pickles."""
-        return self.__dict__.copy()
+        return {**self.__dict__, "_verdict": None}  # it is told here
 
     def __repr__(self) -> str:
         """Show the wrapped optimizer and the rank rules."""
@@ -358,7 +369,7 @@ class TDLRT(Optimizer):
         TypeError
             Without a closure where one is needed.
         geotucker.NonFiniteError
-            If a gradient or a new core is NaN or infinite.
+            If a gradient or a new core is NaN or infinite; with `late_check` maybe one step later.
         """
         if self.peers is None and is_joint(group_of()):
             raise ValueError(
@@ -366,6 +377,9 @@ class TDLRT(Optimizer):
                 "(and the optimizer not to be a copy), got it initialised afterwards"
             )
         began, bases = time.perf_counter(), 0.0
+        if self._verdict is not None:
+            verdict, self._verdict = self._verdict, None
+            verdict.check()
         slots = self._trained()
         foreign = [s for s in slots if s.layer is None or not self.one_pass]
         if closure is None and foreign and self._moves_bases:
@@ -375,7 +389,7 @@ class TDLRT(Optimizer):
                 f"{', '.join(slot.name for slot in foreign)} are extended between two passes of it"
             )
         loss, sensitivities = None, self._sensitivities
-        with restored_if_it_fails(self, self._slots), torch.no_grad():
+        with restored_if_it_fails(self, self._slots) as start, torch.no_grad():
             previous = [slot.settled_ranks for slot in slots]
             self._forget_other_ranks(slots)
             right: dict[str, Right] = {}
@@ -392,7 +406,7 @@ class TDLRT(Optimizer):
             if self.match_rms:
                 self._scale_steps(slots, previous, before)
             cores = [(f"{slot.name}.core after the step", slot.core) for slot in slots]
-            check_finite([*largest, *largest_of(cores)])  # the only question of most steps
+            self._check([*largest, *largest_of(cores)], start)
             if self._moves_bases:
                 self._tell("truncation")
                 bases = -time.perf_counter()
@@ -598,6 +612,18 @@ class TDLRT(Optimizer):
         for slot in slots:
             if slot.settled_ranks != self._left[slot.name]:
                 self.state.pop(slot.core, None)
+
+    def _check(self, largest: Sequence[Largest], start: Before) -> None:
+        """Raise unless the step was finite; or have the device take it back, and raise later."""
+        devices = {one.magnitude.device for one in largest}
+        late = self.late_check
+        if late is None:
+            late = all(device.type == "cuda" for device in devices)
+        changes = start.changes() if late and not self._moves_bases and len(devices) == 1 else None
+        if changes is None:
+            check_finite(largest)
+        else:
+            self._verdict = Verdict(largest, changes)
 
     def _largest_gradients(self) -> list[Largest]:
         """Return the largest magnitudes of all gradients that would be used."""

@@ -88,7 +88,7 @@ def test_mixed_precision_keeps_linear_algebra_in_single(device, dtype):
 
 
 @pytest.mark.gpu
-def test_a_step_at_fixed_ranks_waits_for_the_device_only_where_it_is_asked():
+def test_the_host_never_waits_for_the_device_in_a_step_between_bases():
     model = network().cuda()
     optimizer = TDLRT(torch.optim.SGD(model.parameters(), 0.01), model, basis_every=10**9)
     x, y = batch("cuda")
@@ -100,6 +100,6 @@ def test_a_step_at_fixed_ranks_waits_for_the_device_only_where_it_is_asked():
             torch.cuda.set_sync_debug_mode("error")
         try:
             loss.backward()
+            optimizer.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        optimizer.step()

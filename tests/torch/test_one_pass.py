@@ -363,7 +363,7 @@ class NoItems(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_the_device_is_asked_twice_where_bases_move_and_once_between(monkeypatch, momentum):
+def test_how_often_the_device_is_asked(monkeypatch, momentum):
     torch.manual_seed(0)
     layers = [part for _ in range(6) for part in (TuckerLinear(16, 16, 4), nn.Tanh())]
     model = nn.Sequential(*layers)
@@ -373,13 +373,15 @@ def test_the_device_is_asked_twice_where_bases_move_and_once_between(monkeypatch
     monkeypatch.setattr(
         _ops, "lists", lambda vectors: questions.extend(vectors[:1]) or lists(vectors)
     )
-    for expected in (2, 1, 2, 1):
-        questions.clear()
-        with NoItems():
-            optimizer.zero_grad()
-            nn.functional.mse_loss(model(x), y).backward()
-            optimizer.step()
-        assert len(questions) == expected
+    for late_check, between in ((False, 1), (True, 0)):
+        optimizer.late_check = late_check
+        for expected in (2, between, 2, between):
+            questions.clear()
+            with NoItems():
+                optimizer.zero_grad()
+                nn.functional.mse_loss(model(x), y).backward()
+                optimizer.step()
+            assert len(questions) == expected
 
 
 def test_inference_and_frozen_layers_do_not_lift():

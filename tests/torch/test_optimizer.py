@@ -1,16 +1,20 @@
 """The optimizer: equal to the core's integrator, at home in torch, all or nothing."""
 
 import copy
+import math
 import pickle
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import geotucker as gt
 from geotucker.testing import check_orthonormal
 from geotucker_torch import TDLRT, TuckerConv2d, TuckerLinear, factorize
+from geotucker_torch._finite import Verdict, largest_of
 
 
 def problem(seed=0, bias=True):
@@ -382,6 +386,129 @@ def test_a_failed_step_changes_nothing(fault, every, one_pass):
     wrapped.broken = False
     optimizer.param_groups[0]["lr"] = rate
     assert np.isfinite(optimizer.step(good).item())
+
+
+CHECKED_LATE = {
+    "SGD": lambda p: torch.optim.SGD(p, 0.05, weight_decay=0.1),
+    "momentum": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9),
+    "fused momentum": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, fused=True),
+    "Adam": lambda p: torch.optim.Adam(p, 0.01, amsgrad=True),
+    "AdamW": lambda p: torch.optim.AdamW(p, 0.01, foreach=False),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, 0.01),
+}
+
+
+def checked_late(make_optimizer, late_check=True):
+    model, closure_for = problem()
+    optimizer = TDLRT(
+        make_optimizer(model.parameters()),
+        model,
+        gt.Tolerance(0.05),
+        basis_every=5,
+        late_check=late_check,
+    )
+    return model, optimizer, closure_for(optimizer)
+
+
+@pytest.mark.parametrize("kind", CHECKED_LATE)
+@pytest.mark.parametrize("fault", ["nan", "inf", "rate"])
+def test_a_step_that_is_checked_late_changes_nothing_either(kind, fault):
+    model, optimizer, closure = checked_late(CHECKED_LATE[kind])
+    for _ in range(2):
+        closure()
+        optimizer.step()
+    before = snapshot(model, optimizer)
+    closure()
+    rates = [group["lr"] for group in optimizer.param_groups]
+    if fault == "rate":
+        optimizer.param_groups[0]["lr"] = float("inf")
+    else:
+        model[5].weight.grad[0, 0] = float(fault)
+    optimizer.step()  # nobody is told yet
+    optimizer.param_groups[0]["lr"] = rates[0]
+    after = snapshot(model, optimizer)
+    assert after[1].pop("tdlrt")["steps"] == before[1].pop("tdlrt")["steps"] + 1
+    assert_same(after, before)
+    closure()
+    with pytest.raises(gt.NonFiniteError, match="in the step before"):
+        optimizer.step()
+    again = snapshot(model, optimizer)
+    assert again[1].pop("tdlrt")["steps"] == 3
+    assert_same(again, before)
+    optimizer.step()  # the gradients are still there
+    assert optimizer.state_dict()["tdlrt"]["steps"] == 4
+    assert not torch.equal(model[3].core, before[0]["3.core"])
+    for _ in range(4):  # and bases move again
+        closure()
+        optimizer.step()
+    check_orthonormal(model[3].point)
+
+
+REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+OTHER = (torch.int64, torch.bool, torch.complex64, torch.complex128)
+
+
+@given(finite=st.booleans(), numbers=st.lists(st.floats(width=32), min_size=1))
+@pytest.mark.parametrize("dtype", [*REAL, *OTHER])
+def test_a_verdict_takes_all_back_or_nothing(dtype, finite, numbers):
+    values = torch.tensor(numbers)
+    if not dtype.is_floating_point:
+        values = values.nan_to_num()
+    now, before = values.to(dtype), values.flip(0).to(dtype)
+    expected = (now if finite else before).clone()
+    Verdict(largest_of([("it", torch.tensor(1.0 if finite else math.inf))]), [(now, before)])
+    bits = [t.view(torch.uint8) for t in (now, expected)]
+    assert torch.equal(*bits)
+
+
+@pytest.mark.parametrize("kind", CHECKED_LATE)
+def test_a_late_check_changes_no_finite_step(kind):
+    ends = []
+    for late_check in (False, True):
+        model, optimizer, closure = checked_late(CHECKED_LATE[kind], late_check)
+        for _ in range(8):
+            closure()
+            optimizer.step()
+        ends.append(snapshot(model, optimizer))
+    assert_same(*ends)
+
+
+class Counting(torch.optim.SGD):
+    """Keeps a number beside its tensors, as some optimizers do."""
+
+    def step(self, closure=None):
+        super().step()
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            state["calls"] = state.get("calls", 0) + 1
+
+
+def test_a_step_is_checked_at_once_where_tensors_alone_are_no_way_back():
+    model, optimizer, closure = checked_late(lambda p: Counting(p, 0.05))
+    for _ in range(2):
+        closure()
+        optimizer.step()
+    before = snapshot(model, optimizer)
+    closure()
+    model[5].weight.grad[0, 0] = float("nan")
+    with pytest.raises(gt.NonFiniteError, match="undone"):
+        optimizer.step()
+    assert_same(snapshot(model, optimizer), before)
+
+
+def test_a_loaded_state_has_no_step_before():
+    model, optimizer, closure = checked_late(CHECKED_LATE["momentum"])
+    for _ in range(2):
+        closure()
+        optimizer.step()
+    saved = snapshot(model, optimizer)
+    closure()
+    model[5].weight.grad[0, 0] = float("nan")
+    optimizer.step()
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    closure()
+    optimizer.step()
 
 
 def test_non_orthonormal_factors_are_orthonormalised_without_moving_the_weight():
