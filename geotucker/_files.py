@@ -4,7 +4,7 @@ import math
 import os
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
@@ -14,7 +14,7 @@ from . import _ops
 from ._errors import BackendError, FileFormatError, ShapeError
 from ._tensor import TuckerPoint, as_point
 
-__all__ = ["NpyFile", "PathLike", "load", "replacing", "save", "write"]
+__all__ = ["NpyFile", "PathLike", "load", "replacing", "save", "sync_folder", "write"]
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
 
@@ -93,28 +93,67 @@ def _check_stored(path: Path, shape: tuple[int, ...], dtype: "np.dtype[Any]") ->
 
 
 @contextmanager
-def replacing(path: PathLike, overwrite: bool = False) -> Iterator[IO[bytes]]:
-    """Yield a file beside `path` that takes its place when all has been written.
+def replacing(
+    path: PathLike, overwrite: bool = False, writer: int | None = None
+) -> Iterator[IO[bytes]]:
+    """Yield a hidden file beside `path` that takes its place when all has been written.
 
-    Whatever ends the process, `path` holds what it held before or all that is new.
+    Whatever ends the process, `path` holds what it held before or all that is new. What fails
+    leaves no hidden file; a process that is killed does, and the next one of that name writes over
+    it. A link stays a link.
+
+    Parameters
+    ----------
+    path : path
+        The file; its folder exists.
+    overwrite : bool
+        Whether there may be such a file already.
+    writer : int, optional
+        In the hidden file's name: who writes at the same time has another. By default the number of
+        the process.
 
     Raises
     ------
     FileExistsError
         If there is such a file, unless it may be overwritten.
+    OSError
+        If the folder cannot be written or the disk is full.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> target = Path(tempfile.mkdtemp()) / "config.json"
+    >>> with replacing(target) as file:
+    ...     _ = file.write(b"{}")
+    >>> target.read_bytes()
+    b'{}'
     """
-    path = Path(path)
-    if path.exists() and not overwrite:
+    target = Path(path).resolve()
+    if target.exists() and not overwrite:
         raise FileExistsError(f"{path}: exists already; choose another name or allow to overwrite")
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    beside = target.with_name(f".{target.name}.{os.getpid() if writer is None else writer}.part")
     try:
         with beside.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(beside, target)
+    except BaseException:
+        with suppress(OSError):
+            beside.unlink()
+        raise
+    sync_folder(target.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make new names in a folder survive a power cut; Windows has no such call."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
-        beside.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def save(path: PathLike, point: Any, overwrite: bool = False) -> None:

@@ -1,19 +1,19 @@
 """Files that are either whole or not there, at whatever moment the process ends."""
 
-import os
-from contextlib import suppress
 from pathlib import Path
+
+import torch.distributed as dist
+
+from geotucker._files import replacing
 
 __all__ = ["write_atomically"]
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file by new content in one step.
+    """Replace a file by new content in one step, as `geotucker._files.replacing` does.
 
-    The data goes to a hidden file beside the target, down to the disk, and then takes the
-    target's name: a reader sees the old content or the new, and a killed process leaves at
-    most the hidden file, which the next write overwrites. A write that fails leaves none. A link
-    stays a link.
+    Processes that train together may write one file at the same time, and a process that is killed
+    and started again finds what it left.
 
     Parameters
     ----------
@@ -35,27 +35,6 @@ def write_atomically(path: Path, data: bytes) -> None:
     >>> target.read_bytes()
     b'{}'
     """
-    path = path.resolve()
-    partial = path.with_name(f".{path.name}.part")
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        with suppress(OSError):
-            partial.unlink()
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new name itself survive a power cut; Windows has no such call."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    together = dist.is_available() and dist.is_initialized()
+    with replacing(path, overwrite=True, writer=dist.get_rank() if together else 0) as file:
+        file.write(data)

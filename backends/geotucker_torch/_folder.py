@@ -28,8 +28,10 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from geotucker._files import sync_folder
+
 from ._collectives import Group, all_objects, exchange, object_of_first, together
-from ._files import _sync_folder, write_atomically
+from ._files import write_atomically
 from ._parts import is_sharded
 
 __all__ = ["open_tensors", "read_index", "read_tensors", "swept", "write_index", "write_tensors"]
@@ -145,7 +147,7 @@ def write_index(path: Path, about: Mapping[str, Any], group: Group) -> None:
     with together(group, OSError):
         if dist.get_rank(group) == 0:
             name = about["tensors"]["folder"]
-            _sync_folder(path / name)
+            sync_folder(path / name)
             write_atomically(path / _INDEX, json.dumps(about).encode())
 
 

@@ -26,6 +26,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import geotucker as gt
+from geotucker import _files as core_files
 from geotucker_torch import (
     TDLRT,
     CheckpointError,
@@ -548,6 +549,26 @@ def test_what_cannot_be_saved_is_named_and_nothing_is_written(
 # Writing
 
 
+def test_processes_may_write_one_file_at_the_same_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, replace = tmp_path / "file", os.replace
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+
+    def another_comes_first(*names: Any) -> None:
+        monkeypatch.setattr(os, "replace", replace)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+        _files.write_atomically(path, b"of 1")
+        assert path.read_bytes() == b"of 1"
+        replace(*names)
+
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(os, "replace", another_comes_first)
+    _files.write_atomically(path, b"of 0")
+    assert path.read_bytes() == b"of 0"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_write_that_fails_leaves_the_old_file(
     call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -632,10 +653,10 @@ def kill(folder: Path) -> None:
         die()
 
     save_checkpoint(path, model, name="old")
-    for name, replacement in (("fsync", half), ("replace", die), ("_sync_folder", die)):
+    for name, replacement in (("fsync", half), ("replace", die), ("sync_folder", die)):
 
         def save(name: str = name, replacement: Any = replacement) -> None:
-            setattr(_files if name.startswith("_") else os, name, replacement)
+            setattr(core_files if name == "sync_folder" else os, name, replacement)
             save_checkpoint(path, model, name="new")
 
         in_child(save)
