@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 
 OURS = ("TDLRT", "TDLRT, layers as tensors")  # drawn in front, in strong colours
 WHOLE = ("dense", "as it came")  # of one size: drawn level
+_FIVE = (GREY, PINK, BLUE, ORANGE, GREEN)
+_PEERS = (PINK, ORANGE, GREEN, GREY, RED)
 
 
 def stability(folder: Path) -> Figure:
@@ -87,6 +89,49 @@ def sensitivity(folder: Path) -> Figure:
                 share = int(row["parameters"]) / 431_080
                 y = float(row["test_accuracy"])
                 label(panel, i, y, f"{share:.1%}", GREY, xytext=(0, -9), ha="center")
+    return figure
+
+
+def robustness(folder: Path) -> Figure:
+    """Draw accuracy against the learning rate, by optimizer and start; rings: after more epochs."""
+    rows = table(folder, "robustness", seed="0")
+    starts = grouped(rows, "start")
+    figure = Figure(figsize=(8.4, 2.4 * len(starts)))
+    grid = len(starts), len(grouped(rows, "optimizer"))
+    axes = figure.subplots(*grid, sharey=True, squeeze=False)
+    palette = dict(zip(dict.fromkeys(row["network"] for row in rows), _FIVE, strict=False))
+    for line, ((start,), own) in zip(axes, starts, strict=True):
+        line[0].set_ylabel(f"{start} start\ntest accuracy (%)")
+        for panel, ((optimizer,), runs) in zip(line, grouped(own, "optimizer"), strict=True):
+            panel.set(title=optimizer, xscale="log", ylim=(0, 102))
+            for (network, epochs), ends in grouped(runs, "network", "epochs"):
+                ends = sorted(ends, key=lambda row: float(row["rate"]))
+                x, y = column(ends, "rate"), np.nan_to_num(column(ends, "test_accuracy"))
+                once = epochs == "1"
+                style = {"label": network} if once else {"linestyle": "", "fillstyle": "none"}
+                panel.plot(x, y, "o-" if once else "o", color=palette[network], **style)
+    for panel in axes[-1]:
+        panel.set_xlabel("learning rate")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    return figure
+
+
+def completion(folder: Path) -> Figure:
+    """Draw mean errors of completed tensors against the share of entries that are observed."""
+    rows = table(folder, "completion")
+    tensors = grouped(rows, "tensor")
+    figure, axes = panels(len(tensors), 2.9)
+    palette = dict(zip(dict.fromkeys(row["method"] for row in rows), _PEERS, strict=True))
+    palette |= {"geotucker": BLUE}
+    for panel, ((tensor,), own) in zip(axes, tensors, strict=True):
+        for (method,), runs in grouped(own, "method"):
+            means = [np.mean(column(same, "error")) for _, same in grouped(runs, "observed")]
+            shares = [100 * float(share) for (share,), _ in grouped(runs, "observed")]
+            front = {"linewidth": 2.0, "zorder": 3} if method == "geotucker" else {}
+            panel.plot(shares, means, "o-", color=palette[method], label=method, **front)
+        panel.set(title=tensor, ylim=(0, 1.25), xlabel="entries observed (%)", xticks=shares)
+    axes[0].set_ylabel("relative error")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return figure
 
 

@@ -28,6 +28,8 @@ FIGURES: dict[str, Callable[[Path], Figure]] = {
     "time": accuracy_figures.time,
     "fine_tuning": accuracy_figures.fine_tuning,
     "sensitivity": accuracy_figures.sensitivity,
+    "robustness": accuracy_figures.robustness,
+    "completion": accuracy_figures.completion,
     "theorems_descent": theorem_figures.descent,
     "theorems_convergence": theorem_figures.convergence,
     "theorems_approximation": theorem_figures.approximation,
