@@ -38,7 +38,7 @@ RATES = {
     "AdamW": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
 }
 STARTS = ("PyTorch's", "decaying")
-NETWORKS = ("dense", "rank 2", "rank 8", "full ranks", "rank 2, growing")
+NETWORKS = ("dense", "full ranks", "rank 8", "rank 2, growing", "rank 2")
 ENOUGH, LONGER = 80.0, 5
 RESULTS = Path(__file__).parent / "results" / "robustness.csv"
 
@@ -112,6 +112,7 @@ def main(
     ]
     scores = accuracies(out, runs, jobs)
     failed = [run for run in runs if not scores[run] > ENOUGH < scores[dense(run)]]
+    failed.sort(key=lambda run: NETWORKS.index(run.network))
     longer = [run._replace(epochs=LONGER) for run in failed]
     later = accuracies(out, [*longer, *map(dense, longer)], jobs)
     for run, again in zip(failed, longer, strict=True):

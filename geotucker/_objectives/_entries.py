@@ -254,8 +254,8 @@ def _checked(indices: Sequence[Any], shape: tuple[int, ...]) -> tuple[Host, ...]
     """Return the indices as host arrays, if they fit the shape."""
     if len(indices) != len(shape) or not shape:
         raise ShapeError(
-            f"indices: expected one array for each of the {len(shape)} modes of shape {shape}, "
-            f"got {len(indices)}"
+            f"indices: expected one array for each of the {len(shape)} modes of shape {shape}, as "
+            f"numpy.nonzero returns, got {len(indices)}"
         )
     hosts: list[Host] = []
     for mode, rows in enumerate(indices):
