@@ -58,9 +58,10 @@ def steps_on(backend):
     """Return how many steps a long run takes.
 
     What adds up over 1000 of them is the algorithm's, which is one for all libraries; that the
-    decompositions of each are good enough for it, 70 steps show.
+    decompositions of each are good enough for it, the shortest run in which bases are looked at
+    after every kind of gradient shows.
     """
-    return 1000 if backend.name == "numpy" else 70
+    return 1000 if backend.name == "numpy" else 42
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
