@@ -143,7 +143,16 @@ def reshape(array: Array, new_shape: Sequence[int]) -> Array:
 
 def moveaxis(array: Array, source: int, destination: int) -> Array:
     """Move one axis to another place."""
-    return _backend(array).moveaxis(array, source, destination)
+    order = _order(len(array.shape), source, destination)
+    return array if order is None else _backend(array).transpose(array, order)
+
+
+@lru_cache(maxsize=256)  # NumPy's moveaxis takes longer to find the order than small arrays to add
+def _order(axes: int, source: int, destination: int) -> tuple[int, ...] | None:
+    """Return the axes in their new order, or None if it is the old one."""
+    order = list(range(axes))
+    order.insert(range(axes)[destination], order.pop(source))
+    return None if source % axes == destination % axes else tuple(order)
 
 
 def tensordot(a: Array, b: Array, axes: tuple[Sequence[int], Sequence[int]]) -> Array:
@@ -185,7 +194,7 @@ def leading(array: Array, extents: Sequence[int], skip: int | None = None) -> Ar
 
 def transpose(matrix: Array) -> Array:
     """Return the transpose of a matrix, or of each of a stack along the first axis."""
-    return _backend(matrix).moveaxis(matrix, -1, -2)
+    return moveaxis(matrix, -1, -2)
 
 
 def sign(array: Array) -> Array:

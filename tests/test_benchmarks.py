@@ -69,18 +69,25 @@ def test_rows_of_other_cases_stay_in_the_table(tmp_path: Path) -> None:
 
 
 def test_completion_of_a_small_tensor(tmp_path: Path) -> None:
+    import completion
+
     path = tmp_path / "new" / "completion.csv"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    options = ["--only", "IL2", "--fractions", "0.1", "--masks", "2", "--seconds", "0.1"]
-    options += ["--jobs", "1", "--out", str(path)]
-    options += ["--methods", "geotucker;TensorLy CP"]  # what is always there
-    command = [sys.executable, str(FOLDER / "completion.py"), *options]
-    for _ in range(2):  # the second time nothing is left to do
-        subprocess.run(command, check=True, env=environment, timeout=200, stdout=subprocess.DEVNULL)
+    options = {"only": "IL2", "fractions": "0.1", "masks": 2, "seconds": 0.1, "jobs": 1}
+    options |= {"methods": "geotucker;TensorLy CP", "out": path}  # these are always there
+    command = [sys.executable, str(FOLDER / "completion.py")]
+    command += [f"--{name}={value}" for name, value in options.items()]
+
+    def table() -> list[dict[str, str]]:
         with path.open() as file:
-            rows = list(csv.DictReader(file))
-        runs = [(row["mask"], row["method"]) for row in rows]
-        assert sorted(runs) == [(m, name) for m in "01" for name in ("TensorLy CP", "geotucker")]
+            return list(csv.DictReader(file))
+
+    subprocess.run(command, check=True, env=environment, timeout=200, stdout=subprocess.DEVNULL)
+    rows = table()
+    runs = [(row["mask"], row["method"]) for row in rows]
+    assert sorted(runs) == [(m, name) for m in "01" for name in ("TensorLy CP", "geotucker")]
+    completion.main(**options)  # nothing is left to do
+    assert table() == rows
     for row in rows:
         assert row["entries"] == "480"
         assert 0.2 < float(row["error"]) < 1.0

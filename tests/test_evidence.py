@@ -32,6 +32,14 @@ def import_as_scripts_do(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def no_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure no costs, which takes longer than the training; that they are has its own tests."""
+    import training
+
+    monkeypatch.setattr(training, "cost", lambda *_: training.Cost())
+
+
+@pytest.fixture
 def digits() -> DataSet:
     """Return a few images of noise, as a data set of the size of MNIST's images."""
     torch.manual_seed(0)
@@ -93,6 +101,7 @@ def test_a_share_that_cannot_be_met_is_a_row_without_numbers(
         assert row["epoch"] == 1 and row["parameters"] == 0 and row["test_accuracy"] == "nan"
 
 
+@pytest.mark.usefixtures("no_costs")
 def test_stability_by_all_methods(
     digits: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,6 +142,7 @@ def test_stability_by_all_methods(
     assert len(axes[0].get_lines()) == len(stability.METHODS)
 
 
+@pytest.mark.usefixtures("no_costs")
 def test_compression_by_some_methods(
     digits: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,6 +200,7 @@ def test_costs_are_measured_in_steps_that_are_taken_back(
         assert float(row["peak_mib"]) > 4 * int(row["parameters"]) / 2**20
 
 
+@pytest.mark.usefixtures("no_costs")
 def test_sensitivity_to_all_settings(
     digits: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,6 +258,7 @@ def published_folder() -> Path:
 
 
 @pytest.mark.data
+@pytest.mark.xdist_group("images")  # one worker reads them, once
 @pytest.mark.parametrize("name", ["resnet20", "resnet32"])
 def test_published_weights_know_the_images(name: str) -> None:
     import fine_tuning
@@ -274,6 +286,7 @@ def test_published_weights_do_not_count_as_untrained(name: str) -> None:
         assert torch.equal(found, expected)
 
 
+@pytest.mark.usefixtures("no_costs")
 def test_fine_tuning_by_all_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import fine_tuning
     import tables

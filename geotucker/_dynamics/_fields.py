@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from .. import _ops, _tensor
-from .._geometry import Contractable, Gradient, check_gradient, contract, is_pair
+from .._geometry import Gradient, check_gradient, contract, is_contractable, is_pair
 from .._ops import Array
 from .._tensor import TuckerPoint, pair_of
 
@@ -80,7 +80,7 @@ def norm(value: Gradient) -> float:
     """
     if isinstance(value, Sum):
         return math.sqrt(max(_inner(value, value), 0.0))
-    if isinstance(value, Contractable):
+    if is_contractable(value):
         return math.nan
     return _tensor.norm(value) if is_pair(value) else _ops.norm(value)
 
@@ -94,5 +94,5 @@ def _inner(a: Gradient, b: Gradient) -> float:
         return _ops.vdot(contract(b, factors), core)
     if isinstance(b, Sum) or is_pair(b):
         return _inner(b, a)
-    opaque = isinstance(a, Contractable) or isinstance(b, Contractable)
+    opaque = is_contractable(a) or is_contractable(b)
     return math.nan if opaque else _ops.vdot(a, b)

@@ -1,5 +1,6 @@
 """Traps of the array libraries: global state, threads, autograd, memory layout, in-place writes."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -179,6 +180,14 @@ def test_memory_layout_does_not_matter(backend):
         moved = step(INTEGRATORS[0], gt.as_point(pair), lambda w: (0.0, array), 2).point
         expected = step(INTEGRATORS[0], point, lambda w: (0.0, plain), 2).point
         assert_close(case.dense(moved), case.dense(expected), 1e-12)
+
+
+def test_axes_move_as_numpy_moves_them(backend):
+    values = np.arange(24.0).reshape(2, 3, 4)
+    array = backend.array(values)
+    for source, destination in itertools.product(range(-3, 3), repeat=2):
+        moved = backend.numpy(_ops.moveaxis(array, source, destination))
+        assert np.array_equal(moved, np.moveaxis(values, source, destination))
 
 
 X64 = """

@@ -55,13 +55,20 @@ def given_gradient(case, gradient):
 
 
 def steps_on(backend):
-    """Return how many steps a long run takes: JAX dispatches ten times as slowly."""
-    return 1000 if backend.name in ANY_SHAPE else 70
+    """Return how many steps a long run takes.
+
+    What adds up over 1000 of them is the algorithm's, which is one for all libraries; that the
+    decompositions of each are good enough for it, the shortest run in which bases are looked at
+    after every kind of gradient shows.
+    """
+    return 1000 if backend.name == "numpy" else 42
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("integrator", "settings"), INTEGRATORS[:4])
 def test_bases_stay_orthonormal_over_1000_steps(backend, dtype, integrator, settings):
+    if backend.name not in ANY_SHAPE and dtype == "float64":
+        pytest.skip("JAX compiles seconds per dtype: float32, which rounds more, stands for both")
     slow = integrator is gt.Standard  # d + 1 gradients
     shape, ranks = ((6, 5), (2, 2)) if slow else ((5, 3, 4), (2, 2, 3))
     case = Case(backend, dtype, shape, ranks, 0)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import geotucker as gt
 
 from . import reference
-from .cases import ANY_SHAPE, Case, assert_close, cases, keep_all, quadratic, step, taus
+from .cases import Case, assert_close, cases, keep_all, quadratic, step, taus
 
 SMALL = [
     pytest.param((6, 5), (2, 2), id="matrix"),
@@ -76,7 +76,7 @@ def test_theorem_3_2_convergence(backend, integrator, shape, ranks, noise):
         case.point(),
         integrator=integrator(lambda k: 0.8 / (1 + 0.1 * k) ** 0.8),
         ranks=ranks,
-        steps=300 if backend.name in ANY_SHAPE else 60,  # JAX takes ten times as long a step
+        steps=300 if backend.name == "numpy" else 60,  # enough to see that others do the same
     )
     slopes = []
     for point in (case.point(), result.point):

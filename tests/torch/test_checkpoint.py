@@ -116,6 +116,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.xdist_group("resumed in a new process")  # one worker starts it, once
 @pytest.mark.parametrize("form", ["checkpoint", "pickle"])
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_a_run_resumed_in_a_new_process_ends_bit_identical(

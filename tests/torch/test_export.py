@@ -149,29 +149,35 @@ def test_onnx_runtime_computes_the_same(
         torch.testing.assert_close(found, list(model(*x)), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.filterwarnings("ignore:`torch.jit.*` is (deprecated|not supported)")
-def test_loaded_without_this_package(dtype: torch.dtype, tmp_path: Path) -> None:
-    plain, x = finalize(network().to(dtype)), torch.randn(2, 3, 8, 8, dtype=dtype)
-    y = plain(x)
-    torch.save(plain, tmp_path / "model.pt")
-    torch.save((x, y), tmp_path / "example.pt")
-    save_file(plain.state_dict(), tmp_path / "model.safetensors")
-    torch.export.save(torch.export.export(plain, (x,)), tmp_path / "model.pt2")
-    torch.jit.save(torch.jit.trace(plain, x), tmp_path / "traced.pt")
+def test_loaded_without_this_package(tmp_path: Path) -> None:
+    for name, dtype in (("single", torch.float32), ("half", torch.bfloat16)):
+        folder = tmp_path / name
+        folder.mkdir()
+        plain, x = finalize(network().to(dtype)), torch.randn(2, 3, 8, 8, dtype=dtype)
+        y = plain(x)
+        torch.save(plain, folder / "model.pt")
+        torch.save((x, y), folder / "example.pt")
+        save_file(plain.state_dict(), folder / "model.safetensors")
+        torch.export.save(torch.export.export(plain, (x,)), folder / "model.pt2")
+        torch.jit.save(torch.jit.trace(plain, x), folder / "traced.pt")
     code = """
-import sys
+import os, sys
 sys.modules.update(dict.fromkeys(["geotucker", "geotucker_torch", "tensorly"]))
 import torch
 from safetensors.torch import load_file
-x, y = torch.load("example.pt")
-model = torch.load("model.pt", weights_only=False)
-for module in (model, torch.export.load("model.pt2").module(), torch.jit.load("traced.pt")):
-    torch.testing.assert_close(module(x), y)
-for parameter in model.parameters():
-    torch.nn.init.zeros_(parameter)
-model.load_state_dict(load_file("model.safetensors"))
-torch.testing.assert_close(model(x), y)
+for folder, dtype in (("single", torch.float32), ("half", torch.bfloat16)):
+    os.chdir(folder)
+    x, y = torch.load("example.pt")
+    assert y.dtype == dtype
+    model = torch.load("model.pt", weights_only=False)
+    for module in (model, torch.export.load("model.pt2").module(), torch.jit.load("traced.pt")):
+        torch.testing.assert_close(module(x), y)
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)
+    model.load_state_dict(load_file("model.safetensors"))
+    torch.testing.assert_close(model(x), y)
+    os.chdir("..")
 print("the same")
 """
     done = subprocess.run(

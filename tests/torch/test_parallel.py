@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,12 @@ def results(folder: Path) -> Results:
     return load
 
 
+@cache
+def alone(name: str) -> dict[str, Any]:
+    """Train on one process; of several tests the first does."""
+    return trainings.train(0, 1, **trainings.TRAININGS[name])
+
+
 def assert_alike(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
     for result in found:
         assert isinstance(result, dict), result
@@ -130,7 +137,7 @@ def assert_same_curve(found: list[dict[str, Any]], expected: dict[str, Any]) -> 
 @pytest.mark.parametrize("job", [job for job in JOBS if job[2:] in trainings.TRAININGS])
 def test_processes_train_as_one(job: str, results: Results) -> None:
     world, name = int(job[0]), job[2:]
-    expected = trainings.train(0, 1, **trainings.TRAININGS[name])
+    expected = alone(name)
     assert any(len(set(ranks.values())) > 1 for ranks in expected["history"].values())
     assert_alike(results(name, world), expected)
 
@@ -346,7 +353,7 @@ def test_nan_in_a_part_of_one_process_stops_the_step_on_all(world: int, results:
 def test_processes_that_extend_bases_differently_take_those_of_the_first(
     index: int, world: int, results: Results
 ) -> None:
-    expected = trainings.train(0, 1, **trainings.TRAININGS[trainings.OTHER_BASES[index]])
+    expected = alone(trainings.OTHER_BASES[index])
     assert_alike([found[index] for found in results("other_bases", world)], expected)
 
 
@@ -354,7 +361,7 @@ def test_processes_that_extend_bases_differently_take_those_of_the_first(
 def test_processes_that_truncate_differently_take_what_the_first_has(
     world: int, results: Results
 ) -> None:
-    assert_alike(results("other_truncation", world), trainings.train(0, 1, kind="adam"))
+    assert_alike(results("other_truncation", world), alone("adam"))
 
 
 def test_a_process_is_back_when_a_save_is_refused(results: Results) -> None:

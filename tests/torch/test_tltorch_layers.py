@@ -316,9 +316,11 @@ def test_without_tensorly_torch_it_says_what_to_install(monkeypatch):
 def test_the_backend_stays():
     script = (
         "import tensorly as tl, sys, torch\n"
-        "from geotucker_torch import TuckerLinear, from_tltorch, to_tltorch\n"
+        "from geotucker_torch import TDLRT, TuckerLinear, factorize, from_tltorch, to_tltorch\n"
+        "model = factorize(torch.nn.Linear(8, 8), 2, verbose=False)\n"
+        "TDLRT(torch.optim.SGD(model.parameters(), 0.1), model)\n"
         "from_tltorch(torch.nn.Linear(2, 2))\n"
-        "assert 'tltorch' not in sys.modules\n"
+        "assert 'tltorch' not in sys.modules and tl.get_backend() == 'numpy'\n"
         "model = to_tltorch(TuckerLinear(4, 4, 2))\n"
         "assert 'tltorch' in sys.modules and tl.get_backend() == 'numpy'\n"
         "assert isinstance(from_tltorch(model), TuckerLinear) and tl.get_backend() == 'numpy'\n"

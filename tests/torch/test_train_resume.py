@@ -21,7 +21,10 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork"),
+    pytest.mark.xdist_group("resumed runs"),  # one worker makes them, once
+]
 
 SETTINGS: dict[str, list[str]] = {
     # one checkpoint per epoch, the published algorithm
@@ -133,9 +136,11 @@ def kill_at(moment: int) -> None:
 
 def attempt(folder: Path, settings: str, moment: int = 0) -> int:
     """Start the run, or go on with it, and die at a moment of writing if one is given."""
+    from geotucker_torch._files import write_atomically
     from geotucker_torch._train import _main, _models, _run
 
-    _main.draw = lambda *_: None  # the picture takes longer than the training
+    _main.draw = lambda *_: None  # pictures take longer than the training
+    _main.report = lambda _, path, **__: write_atomically(path, b"a page")
     _run.load = lambda *_: DATA[0]
     _models.MODELS["convnet"] = (with_dropout(_models.MODELS["convnet"][0]), 2)
     if moment:
@@ -199,6 +204,7 @@ if __name__ == "__main__":
     for module in ("sklearn.datasets", "torch._dynamo", "typer.testing"):
         importlib.import_module(module)
     importlib.import_module("geotucker_torch._train._main")
+    assert train(["--epochs", "ten"]) == 2  # typer imports more to read what it is given
     DATA.append(few_digits())
     for number, key in enumerate(SETTINGS):
         compare(Path(sys.argv[1]) / key, key, seed=number)

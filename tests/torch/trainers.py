@@ -224,6 +224,14 @@ TRAINERS: dict[str, Callable[[Path], dict[str, Any]]] = {
 }
 
 
+# What a training imports, beyond the trainer's package where it comes lazily.
+IMPORTED = {
+    "accelerate": ["accelerate", "torch.utils.tensorboard"],
+    "transformers": ["transformers.trainer", "torch.utils.tensorboard"],
+    "lightning": ["lightning", "torch.utils.tensorboard"],
+}
+
+
 def work(folder: Path, name: str, rank: int) -> None:
     try:
         result: Any = TRAINERS[name](folder / name)
@@ -241,7 +249,8 @@ def main(folder: Path, world: int, names: list[str]) -> None:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         (folder / name).mkdir()
-        importlib.import_module(name)  # once, for all processes
+        for module in IMPORTED[name]:  # once, for all processes
+            importlib.import_module(module)
         children = []
         for rank in range(world):
             child = os.fork()
