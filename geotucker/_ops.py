@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
+from types import ModuleType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -32,6 +33,7 @@ __all__ = [
     "eye",
     "floats",
     "fold",
+    "from_dlpack",
     "index_like",
     "is_real_floating",
     "itemsize",
@@ -353,6 +355,37 @@ def vdot(a: Array, b: Array) -> float:
 def to_numpy(array: Array) -> "np.ndarray[Any, np.dtype[Any]]":
     """Copy to a NumPy array on the host."""
     return np.asarray(_backend(array).to_numpy(array))
+
+
+def from_dlpack(array: Array, library: ModuleType) -> Array:
+    """Return the array of another library over the same memory.
+
+    Raises
+    ------
+    BackendError
+        If the library cannot share it.
+    """
+    what = f"{library.__name__} cannot share this {dtype_name(array)} array of {backend_name(array)}"
+    if backend_name(array) in ("numpy", "cupy") and any(step < 0 for step in array.strides):
+        # torch.from_dlpack would end the process.
+        raise BackendError(f"{what}: a stride is negative; copy the array first")
+    if backend_name(array) == "numpy" and library is not np and not array.flags.writeable:
+        # PyTorch would write to it all the same.
+        raise BackendError(f"{what}: it is read-only; copy it first")
+    try:
+        shared = library.from_dlpack(array)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        place = getattr(array, "device", "the host")
+        raise BackendError(
+            f"{what} on {place}: {str(error).splitlines()[0]} (nothing is moved between devices, "
+            "cast or detached; do that first)"
+        ) from error
+    if dtype_name(shared) != dtype_name(array):
+        raise BackendError(
+            f"{what}: it would become {dtype_name(shared)}; in JAX, 64 bits are enabled by "
+            'jax.config.update("jax_enable_x64", True)'
+        )
+    return shared
 
 
 def _cast(array: Array, dtype: Any) -> Array:
