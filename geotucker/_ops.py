@@ -104,9 +104,28 @@ def _load(name: str) -> Any:
 
 
 def backend_name(array: Array) -> str:
-    """Return TensorLy's name of the library that `array` belongs to."""
+    """Return TensorLy's name of the library that `array` belongs to.
+
+    Raises
+    ------
+    BackendError
+        For what is no array, and for an array of CuPy that is not on the current device: there
+        CuPy computes, wherever its arrays are.
+    """
     kind: type = type(array)
-    return _name_of(kind)
+    name = _name_of(kind)
+    if name == "cupy":
+        _check_current(array)
+    return name
+
+
+def _check_current(array: Array) -> None:
+    current = sys.modules["cupy"].cuda.Device().id
+    if array.device.id != current:
+        raise BackendError(
+            f"expected an array on the current CUDA device, {current}, got one on device "
+            f"{array.device.id}; compute within `with array.device:`, or move the array"
+        )
 
 
 def _backend(array: Array) -> Any:
