@@ -115,7 +115,7 @@ def test_what_cannot_be_shared_is_said():
         gt.convert((np.ones((1, 1)), [np.ones((3, 1)), np.ones((2, 1))[::-1]]), torch)
     jax.config.update("jax_enable_x64", False)
     try:
-        with pytest.raises(gt.BackendError, match="would become float32.*jax_enable_x64"):
+        with pytest.raises(gt.BackendError, match=r"would become float32.*jax_enable_x64"):
             gt.convert(ones, jnp)
     finally:
         jax.config.update("jax_enable_x64", True)
@@ -130,7 +130,7 @@ def test_the_library_is_a_module_that_takes_dlpack(library):
 def test_what_is_no_array_and_no_pair():
     import torch
 
-    with pytest.raises(gt.ShapeError, match="^value: expected a pair"):
+    with pytest.raises(gt.ShapeError, match=r"^value: expected a pair"):
         gt.convert(3.0, torch)
     with pytest.raises(gt.BackendError, match=r"value.core: .*got builtins.list"):
         gt.convert(([1.0], [[2.0]]), torch)
