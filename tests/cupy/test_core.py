@@ -1,5 +1,6 @@
 """The core on CuPy's arrays, as the stand-in has them: NumPy's results, and clear errors."""
 
+import sys
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -117,6 +118,17 @@ def test_results_are_on_the_device_of_the_input(cupy):
         gt.norm(point)
 
 
-def test_a_device_that_is_not_there(cupy):
-    with pytest.raises(DeviceError, match=f"from 0 to {DEVICES - 1}, got {DEVICES}"):
-        require_device(DEVICES)
+def test_what_is_missing_is_said(cupy, monkeypatch):
+    for index in (DEVICES, -1):
+        with pytest.raises(DeviceError, match=f"from 0 to {DEVICES - 1}, got {index}"):
+            require_device(index)
+
+    def no_driver() -> int:
+        raise cupy.cuda.runtime.CUDARuntimeError("cudaErrorInsufficientDriver")
+
+    monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", no_driver)
+    with pytest.raises(DeviceError, match=r"no usable CUDA driver.*cudaErrorInsufficientDriver"):
+        require_device()
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(DeviceError, match=r"pip install 'geotucker\[cupy\]'"):
+        require_device()
