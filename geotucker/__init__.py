@@ -6,6 +6,7 @@ The binding for neural networks in PyTorch is the package ``geotucker_torch``.
 
 from . import testing
 from ._complete import Completion, Trial, complete
+from ._convert import convert
 from ._dynamics import Evolution, Sum, TimeStep, integrate
 from ._errors import (
     BackendError,
@@ -138,6 +139,7 @@ __all__ = [
     "augment",
     "complete",
     "completion",
+    "convert",
     "decompose_file",
     "hosvd",
     "inner",

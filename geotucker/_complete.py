@@ -87,12 +87,14 @@ class _Stand(NamedTuple):
     settings: _Settings
     points: list[TuckerPoint]
     error: float
-    squares: "np.ndarray[Any, np.dtype[Any]]"  # of the errors, of each entry held out
+    squares: Array  # of the errors, of each entry held out
 
     def surely_beats(self, other: "_Stand") -> bool:
         """Tell whether the error is smaller by more than a standard error of the difference."""
         gain = other.squares - self.squares
-        return bool(gain.mean() > gain.std() / math.sqrt(len(gain)))
+        (count,) = _ops.shape(gain)
+        mean = _ops.total(gain) / count
+        return mean > _ops.norm(gain - mean) / count
 
 
 _Move: TypeAlias = Callable[[_Settings], _Settings]
@@ -259,12 +261,12 @@ class _Search:
             error = 1.0 if stand is None else stand.error
             fit, ranks = self.fit(fold.fitted, fold.values, settings, error)
             points.append(_advance(fit, ranks, before, self.steps, self.out_of_time))
-            residuals.append(_ops.to_numpy(fold.held_out.predict(points[-1]) - fold.targets))
+            residuals.append(fold.held_out.predict(points[-1]) - fold.targets)
             ridge = fit.ridge
-        squares = np.concatenate(residuals).astype(np.float64) ** 2
-        error = math.sqrt(squares.sum()) / self.norm
+        residual = _ops.concatenate(residuals, 0)
+        error = _ops.norm(residual) / self.norm
         self.trials.append(Trial(self.candidates[settings.level], ridge, settings.pooling, error))
-        return _Stand(settings, points, error, squares)
+        return _Stand(settings, points, error, residual * residual)
 
 
 def _advance(

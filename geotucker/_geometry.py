@@ -403,13 +403,12 @@ def inner_tangent(a: TuckerTangent, b: TuckerTangent) -> float:
     """
     check_real(a, "a")
     check_real(b, "b")
-    parts = zip(a.factors, b.factors, strict=True)
-    return _ops.vdot(a.core, b.core) + sum(_ops.vdot(ka, kb) for ka, kb in parts)
+    return sum(_ops.vdots([(a.core, b.core), *zip(a.factors, b.factors, strict=True)]))
 
 
 def norm_tangent(tangent: TuckerTangent) -> float:
     """Norm of a tangent vector, safe against overflow."""
-    return math.hypot(_ops.norm(tangent.core), *(_ops.norm(k) for k in tangent.factors))
+    return math.hypot(*_ops.norms([tangent.core, *tangent.factors]))
 
 
 def tangent_to_point(point: Any, tangent: TuckerTangent) -> TuckerPoint:

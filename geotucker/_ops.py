@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
+from types import ModuleType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -32,6 +33,7 @@ __all__ = [
     "eye",
     "floats",
     "fold",
+    "from_dlpack",
     "index_like",
     "is_real_floating",
     "itemsize",
@@ -44,6 +46,7 @@ __all__ = [
     "moveaxis",
     "multi_mode_product",
     "norm",
+    "norms",
     "qr",
     "reshape",
     "shape",
@@ -61,6 +64,7 @@ __all__ = [
     "unfold",
     "value_and_gradient",
     "vdot",
+    "vdots",
     "zeros",
 ]
 
@@ -102,9 +106,28 @@ def _load(name: str) -> Any:
 
 
 def backend_name(array: Array) -> str:
-    """Return TensorLy's name of the library that `array` belongs to."""
+    """Return TensorLy's name of the library that `array` belongs to.
+
+    Raises
+    ------
+    BackendError
+        For what is no array, and for an array of CuPy that is not on the current device: there
+        CuPy computes, wherever its arrays are.
+    """
     kind: type = type(array)
-    return _name_of(kind)
+    name = _name_of(kind)
+    if name == "cupy":
+        _check_current(array)
+    return name
+
+
+def _check_current(array: Array) -> None:
+    current = sys.modules["cupy"].cuda.Device().id
+    if array.device.id != current:
+        raise BackendError(
+            f"expected an array on the current CUDA device, {current}, got one on device "
+            f"{array.device.id}; compute within `with array.device:`, or move the array"
+        )
 
 
 def _backend(array: Array) -> Any:
@@ -334,12 +357,23 @@ def largest(arrays: Sequence[Array]) -> list[float]:
 
 def norm(array: Array) -> float:
     """Frobenius norm, safe against overflow and underflow of the squares."""
-    largest: float = max_abs(array)
-    if largest == 0.0 or not math.isfinite(largest):
-        return largest
-    backend = _backend(array)
-    scaled = array / largest
-    return largest * math.sqrt(backend.sum(scaled * scaled).item())
+    return norms([array])[0]
+
+
+def norms(arrays: Sequence[Array]) -> list[float]:
+    """Return `norm` of each array, with one question to the device."""
+    found = [0.0] * len(arrays)
+    full = [index for index, array in enumerate(arrays) if 0 not in shape(array)]
+    largest = [_backend(arrays[i]).max(_backend(arrays[i]).abs(arrays[i])) for i in full]
+    squares = []
+    for index, scale in zip(full, largest, strict=True):
+        with np.errstate(invalid="ignore"):  # infinity by infinity
+            scaled = arrays[index] / (scale + (scale == 0))
+            squares.append(_backend(scaled).sum(scaled * scaled))
+    numbers = floats([*largest, *squares])
+    for index, scale, square in zip(full, numbers, numbers[len(full) :], strict=False):
+        found[index] = scale * math.sqrt(square) if 0.0 < scale < math.inf else scale
+    return found
 
 
 def component(a: Array, b: Array) -> Array:
@@ -356,12 +390,50 @@ def component(a: Array, b: Array) -> Array:
 
 def vdot(a: Array, b: Array) -> float:
     """Euclidean inner product of two arrays of one shape."""
-    return float(_backend(a).sum(a * b).item())
+    return vdots([(a, b)])[0]
+
+
+def vdots(pairs: Sequence[tuple[Array, Array]]) -> list[float]:
+    """Return `vdot` of each pair, with one question to the device."""
+    return floats([_backend(a).sum(a * b) for a, b in pairs])
 
 
 def to_numpy(array: Array) -> "np.ndarray[Any, np.dtype[Any]]":
     """Copy to a NumPy array on the host."""
     return np.asarray(_backend(array).to_numpy(array))
+
+
+def from_dlpack(array: Array, library: ModuleType) -> Array:
+    """Return the array of another library over the same memory.
+
+    Raises
+    ------
+    BackendError
+        If the library cannot share it.
+    """
+    name = backend_name(array)
+    what = f"{library.__name__} cannot share this {dtype_name(array)} array of {name}"
+    if name in ("numpy", "cupy") and any(step < 0 for step in array.strides):
+        # torch.from_dlpack would end the process.
+        raise BackendError(f"{what}: a stride is negative; copy the array first")
+    if name == "numpy" and library is not np and not array.flags.writeable:
+        # PyTorch would write to it all the same.
+        raise BackendError(f"{what}: it is read-only; copy it first")
+    try:
+        shared = library.from_dlpack(array)
+    except (AssertionError, BufferError, RuntimeError, TypeError, ValueError) as error:
+        # The assertion is PyTorch's, where it was built without CUDA.
+        place = getattr(array, "device", "the host")
+        raise BackendError(
+            f"{what} on {place}: {str(error).splitlines()[0]} (nothing is moved between devices, "
+            "cast or detached; do that first)"
+        ) from error
+    if dtype_name(shared) != dtype_name(array):
+        raise BackendError(
+            f"{what}: it would become {dtype_name(shared)}; in JAX, 64 bits are enabled by "
+            'jax.config.update("jax_enable_x64", True)'
+        )
+    return shared
 
 
 def _cast(array: Array, dtype: Any) -> Array:
@@ -370,6 +442,8 @@ def _cast(array: Array, dtype: Any) -> Array:
 
 def floats(scalars: Sequence[Array]) -> list[float]:
     """Return numbers on a device, arrays of order 0, as Python's: see `lists`."""
+    if len(scalars) < 2 or backend_name(scalars[0]) == "numpy":
+        return [float(scalar.item()) for scalar in scalars]  # a tenth of the time, on the host
     return [value for (value,) in lists([reshape(scalar, (1,)) for scalar in scalars])]
 
 

@@ -122,8 +122,10 @@ def as_point(pair: Any, name: str = "point") -> TuckerPoint:
     (3, 2)
     """
     point = as_fitting(pair, name)
-    for part, array in zip(labels(point, name), (point.core, *point.factors), strict=True):
-        check_finite(array, part)
+    arrays = (point.core, *point.factors)
+    if not all(map(math.isfinite, _ops.largest(arrays))):
+        for part, array in zip(labels(point, name), arrays, strict=True):
+            check_finite(array, part)
     return point
 
 

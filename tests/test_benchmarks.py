@@ -95,6 +95,25 @@ def test_completion_of_a_small_tensor(tmp_path: Path) -> None:
         assert float(row["process_s"]) > 0
 
 
+def test_arrays_side_by_side(tmp_path: Path) -> None:
+    import arrays
+
+    arrays.main("float64", only="PyTorch,CuPy", repeats=1, quick=True, out=tmp_path / "arrays.csv")
+    with (tmp_path / "arrays.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert "CuPy" in {row["library"] for row in rows}  # measured, or said to be missing
+    measured = [row for row in rows if not row["not_measured"]]
+    assert [(row["library"], row["device"]) for row in measured[:2]] == [
+        ("NumPy", "cpu"),
+        ("PyTorch", "cpu"),
+    ]
+    assert len({row["case"] for row in measured}) == 7
+    for row in measured:
+        assert float(row["wall_ms"]) > 0
+        assert float(row["difference"]) < 1e-8
+        assert row["library"] != "NumPy" or float(row["wall_ratio"]) == 1
+
+
 def test_peak_of_memory() -> None:
     import measuring
 

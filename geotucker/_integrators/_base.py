@@ -205,7 +205,7 @@ def widen(
 ) -> tuple[TuckerPoint, tuple[Array, ...]]:
     """Phase 1: extend the bases by new directions and by those of the moments; lift the moments."""
     # Zero columns would be completed by arbitrary ones, and the step would depend on the gauge.
-    moments = [m.factors for m in state.moments if any(_ops.max_abs(k) > 0.0 for k in m.factors)]
+    moments = [m.factors for m in state.moments if max(_ops.largest(m.factors)) > 0.0]
     stacks = [_ops.concatenate(columns, 1) for columns in zip(directions, *moments, strict=True)]
     wide = augment(point, stacks)
     return wide, tuple(lift(point, wide, moment) for moment in state.moments)

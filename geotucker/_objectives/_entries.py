@@ -36,7 +36,6 @@ class _Blocks(NamedTuple):
 
     entries: Array  # shape: (blocks, length), positions of entries; the number of all for "none"
     owners: Array  # shape: (blocks,), index in the mode, ascending
-    places: Host  # shape: (entries,), where in the blocks each entry stands
 
     def chunks(self) -> Iterator[tuple[Array, Array]]:
         """Yield entries and owners of some blocks at a time."""
@@ -47,8 +46,8 @@ class _Blocks(NamedTuple):
             yield self.entries[some], self.owners[some]
 
 
-def _blocks(rows: Host, like: Array) -> _Blocks:
-    """Sort the entries with these indices in a mode into blocks."""
+def _blocks(rows: Host, like: Array) -> tuple[_Blocks, Host]:
+    """Sort the entries with these indices in a mode into blocks; return where each one stands."""
     order = np.argsort(rows, kind="stable")
     owners, counts = np.unique(rows, return_counts=True)
     length = min(-(-len(rows) // len(owners)), _CHUNK)
@@ -60,11 +59,11 @@ def _blocks(rows: Host, like: Array) -> _Blocks:
     entries[sorted_places] = order
     places = np.empty_like(order)
     places[order] = sorted_places
-    return _Blocks(
+    blocks = _Blocks(
         _ops.index_like(entries.reshape(-1, length), like),
         _ops.index_like(np.repeat(owners, each), like),
-        places,
     )
+    return blocks, places
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,14 +106,21 @@ class Entries:
     # Made from these: per mode the index of each entry, with one more for "none", and the blocks.
     _rows: tuple[Array, ...] = field(init=False, repr=False)
     _blocks: tuple[_Blocks, ...] = field(init=False, repr=False)
+    # The mode by which predictions go, and where in its blocks each entry stands.
+    _mode: int = field(init=False, repr=False)
+    _places: Array = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check the indices and sort the entries."""
         check_floating(self.like, "like")
         hosts = _checked(self.indices, self.shape)
         rows = tuple(_ops.index_like(np.append(host, 0), self.like) for host in hosts)
-        blocks = tuple(_blocks(host, self.like) for host in hosts)
-        for name, value in (("indices", hosts), ("_rows", rows), ("_blocks", blocks)):
+        blocks, places = zip(*(_blocks(host, self.like) for host in hosts), strict=True)
+        # Long blocks make large products: the mode with the fewest of them.
+        mode = min(range(len(hosts)), key=lambda i: _ops.shape(blocks[i].owners)[0])
+        made = {"indices": hosts, "_rows": rows, "_blocks": blocks, "_mode": mode}
+        made["_places"] = _ops.index_like(places[mode], self.like)
+        for name, value in made.items():
             object.__setattr__(self, name, value)
 
     @property
@@ -124,8 +130,7 @@ class Entries:
 
     def predict(self, point: TuckerPoint) -> Array:
         """Return the entries of a Tucker tensor, shape (m,)."""
-        # Long blocks make large products: the mode with the fewest of them.
-        mode = min(range(len(self.shape)), key=lambda i: _ops.shape(self._blocks[i].owners)[0])
+        mode = self._mode
         left, right = self._halves(mode)
         slices = _ops.unfold(_ops.mode_product(point.core, point.factors[mode], mode), mode)
         sides = [math.prod(point.ranks[i] for i in half) for half in (left, right)]
@@ -136,8 +141,7 @@ class Entries:
             v = self._products(point.factors, right, entries)
             p = _ops.sum_last((u @ _ops.take(slices, owners)) * v)
             predicted.append(_ops.reshape(p, (-1,)))
-        places = _ops.index_like(self._blocks[mode].places, point.core)
-        return _ops.take(_ops.concatenate(predicted, 0), places)
+        return _ops.take(_ops.concatenate(predicted, 0), self._places)
 
     def adjoint(self, weights: Array) -> "_Sparse":
         """Return the tensor with these entries and zeros elsewhere, never formed."""

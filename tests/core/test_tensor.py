@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tensorly.tucker_tensor import TuckerTensor
 
 import geotucker as gt
+from geotucker import _ops
 
 from .cases import Case, assert_close, cases
 
@@ -141,3 +142,19 @@ def test_norm_neither_overflows_nor_underflows(backend, dtype):
 def test_to_dense_shows_what_is_not_finite(backend):
     point = (backend.array(np.full((1, 1), np.nan)), [backend.array(np.ones((2, 1)))] * 2)
     assert np.isnan(backend.numpy(gt.to_dense(point))).all()
+
+
+def test_norms_of_several_arrays_are_those_of_each(backend):
+    huge, tiny = 1e300, 1e-300
+    values = [[3.0, 4.0], [3 * huge, 4 * huge], [3 * tiny, 4 * tiny], [0.0, 0.0]]
+    values += [[np.inf, 1.0], [np.nan, 1.0], [np.inf, np.nan]]
+    arrays = [backend.array(value, "float64") for value in values]
+    arrays.append(_ops.zeros((0, 2), like=arrays[0]))
+    found = _ops.norms(arrays)
+    assert found[:3] == pytest.approx([5.0, 5 * huge, 5 * tiny], rel=1e-12, abs=0)
+    assert (found[3], found[4], found[7]) == (0.0, np.inf, 0.0)
+    assert np.isnan(found[5]) and np.isnan(found[6])
+    for array, number in zip(arrays, found, strict=True):
+        assert _ops.norm(array) == number or np.isnan(number)
+    assert _ops.vdots([(arrays[0], arrays[0]), (arrays[0], arrays[3])]) == [25.0, 0.0]
+    assert _ops.norms([]) == _ops.vdots([]) == []
