@@ -63,7 +63,9 @@ def contract(
     layer_map.check(x, u_in.shape[0])
     rows = layer_map.enter(x)
     sizes = layer_map.sizes(rows, core, u_out, u_in)
-    contraction = contraction or cheapest(sizes)
+    trained = core.requires_grad and torch.is_grad_enabled()
+    core_alone = trained and not any(factor.requires_grad for factor in factors)
+    contraction = contraction or cheapest(sizes, core_alone)
     with without_autocast(core):
         kernel = fold(core, factors, contraction, sizes)
     a = layer_map.project_input(rows, u_in) if contraction.project_input else rows

@@ -52,13 +52,13 @@ class Sizes(NamedTuple):
     )
 
 
-def flops(contraction: Contraction, sizes: Sizes) -> int:
+def flops(contraction: Contraction, sizes: Sizes, core_alone: bool = False) -> int:
     """Count the multiply-adds of one forward pass, less those that all contractions share.
 
     With ``c`` the channels that enter the kernel (rank, or all channels of a group if the
     input factor is folded) the kernel costs ``c * kernel`` per output channel (rank, or
-    channel) and position. A backward pass weighs the same terms by about two, and is left
-    out.
+    channel) and position. A backward pass to core and factors weighs the same terms by two, and is
+    left out.
 
     Parameters
     ----------
@@ -66,6 +66,9 @@ def flops(contraction: Contraction, sizes: Sizes) -> int:
         The order to be priced.
     sizes : Sizes
         Of layer and input.
+    core_alone : bool
+        Whether to count forward and backward pass where the factors are not trained: the kernel is
+        passed three times then, for it has a gradient, projections twice.
 
     Returns
     -------
@@ -78,7 +81,11 @@ def flops(contraction: Contraction, sizes: Sizes) -> int:
     >>> flops(Contraction(True, True), sizes), flops(Contraction(False, False), sizes)
     (2100, 120000)
     """
-    return folded_flops(contraction, sizes) + _fold_flops(contraction, sizes)
+    folding = _fold_flops(contraction, sizes)
+    projecting, applying = _passes(contraction, sizes)
+    if core_alone:
+        return 2 * projecting + 3 * applying + 2 * folding
+    return projecting + applying + folding
 
 
 def folded_flops(contraction: Contraction, sizes: Sizes) -> int:
@@ -103,20 +110,22 @@ def folded_flops(contraction: Contraction, sizes: Sizes) -> int:
     >>> folded_flops(Contraction(True, False), sizes)
     2000
     """
-    s = sizes
+    return sum(_passes(contraction, sizes))
+
+
+def _passes(contraction: Contraction, s: Sizes) -> tuple[int, int]:
+    """Price of the projections, and of the kernel, in one forward pass."""
     rows_out = s.batch * s.positions_out
     rows = rows_out if s.positions_kernel is None else s.batch * s.positions_kernel
     channels = s.in_rank if contraction.project_input else s.in_channels
-    total = 0
+    projecting = 0
     if contraction.project_input:
-        total += s.batch * s.groups * s.positions_in * s.in_channels * s.in_rank
+        projecting += s.batch * s.groups * s.positions_in * s.in_channels * s.in_rank
     if contraction.project_output:
         # The kernel runs once per group, and its r_out channels are then spread.
-        total += rows * s.groups * s.out_rank * channels * s.kernel
-        total += rows_out * s.out_channels * s.out_rank
-    else:
-        total += rows * s.out_channels * channels * s.kernel
-    return total
+        projecting += rows_out * s.out_channels * s.out_rank
+        return projecting, rows * s.groups * s.out_rank * channels * s.kernel
+    return projecting, rows * s.out_channels * channels * s.kernel
 
 
 def _fold_flops(contraction: Contraction, s: Sizes) -> int:
@@ -135,13 +144,15 @@ def both_folded(s: Sizes) -> tuple[int, int]:
     return core * s.in_channels + dense * s.out_rank, core * s.out_channels + dense * s.in_rank
 
 
-def cheapest(sizes: Sizes) -> Contraction:
+def cheapest(sizes: Sizes, core_alone: bool = False) -> Contraction:
     """Return the contraction with the fewest multiply-adds; a tie goes to more projections.
 
     Parameters
     ----------
     sizes : Sizes
         Of layer and input.
+    core_alone : bool
+        See `flops`.
 
     Returns
     -------
@@ -157,9 +168,9 @@ def cheapest(sizes: Sizes) -> Contraction:
     >>> cheapest(Sizes(out_channels=100, in_channels=100, out_rank=100, in_rank=100, batch=640))
     Contraction(project_output=False, project_input=False)
     """
-    best, least = CONTRACTIONS[0], flops(CONTRACTIONS[0], sizes)
+    best, least = CONTRACTIONS[0], flops(CONTRACTIONS[0], sizes, core_alone)
     for contraction in CONTRACTIONS[1:]:  # torch.compile cannot trace min(..., key=...)
-        cost = flops(contraction, sizes)
+        cost = flops(contraction, sizes, core_alone)
         if cost < least:
             best, least = contraction, cost
     return best

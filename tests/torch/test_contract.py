@@ -282,6 +282,24 @@ def test_flops_are_those_that_run(contraction: Contraction, case: Case) -> None:
     assert measured(case, contraction) == flops(contraction, sizes_of(case))
 
 
+def measured_with_backward(case: Case, contraction: Contraction | None) -> int:
+    """Count multiply-adds of both passes where only the core is trained."""
+    x, core = case.x.reshape(-1, case.x.shape[-1]).requires_grad_(), case.core.requires_grad_()
+    case = case._replace(x=x, core=core, factors=[f.detach() for f in case.factors])
+    with FlopCounterMode(display=False) as counter:
+        contract(case, contraction).sum().backward()
+    return counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize("contraction", CONTRACTIONS, ids=str)
+@given(case=linear_cases(least=2))
+def test_flops_where_the_core_is_trained_alone(contraction: Contraction, case: Case) -> None:
+    expected = flops(contraction, sizes_of(case), core_alone=True)
+    assert measured_with_backward(case, contraction) == expected
+    least = measured_with_backward(case, None)
+    assert least == min(measured_with_backward(case, forced) for forced in CONTRACTIONS)
+
+
 @given(case=counted_cases)
 def test_the_cheapest_runs(case: Case) -> None:
     assert measured(case, None) == min(measured(case, forced) for forced in CONTRACTIONS)
@@ -296,7 +314,7 @@ STRIDED = {"stride": (2,), "padding": (0,), "dilation": (1,), "groups": 1}
 def test_the_sizes_are_those_of_layer_and_input(case: Case) -> None:
     with mock.patch.object(_contract, "cheapest", wraps=cheapest) as chooser:
         contract(case, None)
-    chooser.assert_called_once_with(sizes_of(case))
+    chooser.assert_called_once_with(sizes_of(case), False)
 
 
 @pytest.mark.parametrize("contraction", FORCED, ids=str)
@@ -327,6 +345,12 @@ def test_positions_that_a_stride_skips_are_not_projected(contraction: Contractio
 )
 def test_the_choice_depends_on_ranks_and_input(sizes: Sizes, expected: tuple[bool, bool]) -> None:
     assert cheapest(sizes) == expected
+
+
+def test_a_gradient_of_the_core_alone_is_a_reason_to_project() -> None:
+    sizes = Sizes(4096, 4096, 200, 200, batch=8192)
+    assert cheapest(sizes) == (True, False)
+    assert cheapest(sizes, core_alone=True) == (True, True)
 
 
 def test_flops_are_exact_integers_beyond_64_bits() -> None:
