@@ -8,8 +8,8 @@ One epoch with every optimizer at five learning rates over two decades, constant
 weights at PyTorch's start and with singular values that decay exponentially from 1 to 1e-12. Beside
 the dense network: all layers in Tucker format, trained by `TDLRT` with its defaults, at fixed ranks
 2 and 8 and at full ranks, and from rank 2 with ranks that grow by a tolerance of 0.1 with four
-spare directions. What ends below 80 % beside a dense network above is trained anew for five epochs:
-is it slow, or does it fail? Written to ``benchmarks/results/robustness.csv``, which is filled run
+spare directions. What ends ten points behind a dense network that trains is trained anew for five
+epochs: is it slow, or does it fail? Written to ``benchmarks/results/robustness.csv``, which is filled run
 by run: a run that is in it is not done again. MNIST is downloaded, or read from the folder that
 ``GEOTUCKER_DATA_DIR`` names. About an hour for a seed on two cores with nothing else to do.
 """
@@ -39,7 +39,7 @@ RATES = {
 }
 STARTS = ("PyTorch's", "decaying")
 NETWORKS = ("dense", "full ranks", "rank 8", "rank 2, growing", "rank 2")
-ENOUGH, LONGER = 80.0, 5
+TRAINS, BEHIND, LONGER = 75.0, 10.0, 5
 RESULTS = Path(__file__).parent / "results" / "robustness.csv"
 
 
@@ -111,7 +111,8 @@ def main(
         for seed, pair, start, network in product(range(seeds), pairs, STARTS, NETWORKS)
     ]
     scores = accuracies(out, runs, jobs)
-    failed = [run for run in runs if not scores[run] > ENOUGH < scores[dense(run)]]
+    trains = [run for run in runs if scores[dense(run)] > TRAINS]
+    failed = [run for run in trains if not scores[run] > scores[dense(run)] - BEHIND]
     failed.sort(key=lambda run: NETWORKS.index(run.network))
     longer = [run._replace(epochs=LONGER) for run in failed]
     later = accuracies(out, [*longer, *map(dense, longer)], jobs)
