@@ -9,9 +9,9 @@ weights at PyTorch's start and with singular values that decay exponentially fro
 the dense network: all layers in Tucker format, trained by `TDLRT` with its defaults, at fixed ranks
 2 and 8 and at full ranks, and from rank 2 with ranks that grow by a tolerance of 0.1 with four
 spare directions. What ends ten points behind a dense network that trains is trained anew for five
-epochs: is it slow, or does it fail? Written to ``benchmarks/results/robustness.csv``, which is filled run
-by run: a run that is in it is not done again. MNIST is downloaded, or read from the folder that
-``GEOTUCKER_DATA_DIR`` names. About an hour for a seed on two cores with nothing else to do.
+epochs: is it slow, or does it fail? Written to ``benchmarks/results/robustness.csv``, which is
+filled run by run: a run that is in it is not done again. MNIST is downloaded, or read from the
+folder that ``GEOTUCKER_DATA_DIR`` names. Two hours for a seed on two cores with nothing else to do.
 """
 
 from collections.abc import Iterator
