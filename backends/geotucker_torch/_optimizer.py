@@ -396,6 +396,9 @@ class TDLRT(Optimizer):
             if closure is not None:
                 loss, right = self._evaluate(torch.enable_grad()(closure), foreign)
             self._tell("step")
+            for slot in self._slots:  # no optimizer steps bases
+                for factor in slot.factors:
+                    factor.grad = None
             with phase("step"):
                 largest = self._largest_gradients()  # which asks for those of tensors in parts
             right |= self._settle(slots)
