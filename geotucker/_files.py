@@ -1,5 +1,6 @@
 """Files: arrays read piece by piece, Tucker tensors saved and loaded, nothing half-written."""
 
+import errno
 import math
 import os
 import zipfile
@@ -115,7 +116,9 @@ def replacing(
     Raises
     ------
     FileExistsError
-        If there is such a file, unless it may be overwritten.
+        If there is such a file, unless it may be overwritten; or a device.
+    IsADirectoryError, FileNotFoundError
+        If it is a folder, or its folder does not exist.
     OSError
         If the folder cannot be written or the disk is full.
 
@@ -129,8 +132,14 @@ def replacing(
     b'{}'
     """
     target = Path(path).resolve()
+    if target.is_dir():
+        raise IsADirectoryError(f"{path}: expected the name of a file, got a folder")
+    if target.exists() and not target.is_file():
+        raise FileExistsError(f"{path}: expected the name of a file, got a device or the like")
     if target.exists() and not overwrite:
         raise FileExistsError(f"{path}: exists already; choose another name or allow to overwrite")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {target.parent}; make it first")
     beside = target.with_name(f".{target.name}.{os.getpid() if writer is None else writer}.part")
     try:
         with beside.open("wb") as file:
@@ -146,14 +155,22 @@ def replacing(
 
 
 def sync_folder(folder: Path) -> None:
-    """Make new names in a folder survive a power cut; Windows has no such call."""
+    """Make new names in a folder survive a power cut, where that can be asked for.
+
+    Not on Windows, not of some file systems on a network, and not in a folder that may be written
+    to but not read. The new file is there all the same.
+    """
     if os.name != "posix":
         return
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EINVAL, errno.ENOTSUP):
+            raise
 
 
 def save(path: PathLike, point: Any, overwrite: bool = False) -> None:

@@ -76,6 +76,8 @@ _BACKENDS = {"numpy": "numpy", "torch": "pytorch", "jax": "jax", "jaxlib": "jax"
 
 _EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
 _REAL = set(_EPS)
+# The smallest normal numbers.
+_TINY = {"float32": 2.0**-126, "float64": 2.0**-1022}
 # LAPACK has no half precision: QR and SVD of these run in float32.
 _HALF = {"float16", "bfloat16"}
 
@@ -364,16 +366,23 @@ def norms(arrays: Sequence[Array]) -> list[float]:
     """Return `norm` of each array, with one question to the device."""
     found = [0.0] * len(arrays)
     full = [index for index, array in enumerate(arrays) if 0 not in shape(array)]
-    largest = [_backend(arrays[i]).max(_backend(arrays[i]).abs(arrays[i])) for i in full]
-    squares = []
-    for index, scale in zip(full, largest, strict=True):
-        with np.errstate(invalid="ignore"):  # infinity by infinity
-            scaled = arrays[index] / (scale + (scale == 0))
-            squares.append(_backend(scaled).sum(scaled * scaled))
-    numbers = floats([*largest, *squares])
+    parts = [_scaled(arrays[index]) for index in full]
+    squares = [_backend(scaled).sum(scaled * scaled) for scaled, _ in parts]
+    numbers = floats([*(scale for _, scale in parts), *squares])
     for index, scale, square in zip(full, numbers, numbers[len(full) :], strict=False):
-        found[index] = scale * math.sqrt(square) if 0.0 < scale < math.inf else scale
+        found[index] = scale * math.sqrt(square)
     return found
+
+
+def _scaled(array: Array) -> tuple[Array, Array]:
+    """Return an array divided by about its largest magnitude, and that; both on the device."""
+    backend = _backend(array)
+    if dtype_name(array) in _HALF:  # sums of many squares would overflow
+        array = _cast(array, backend.float32)
+    # XLA multiplies by reciprocals, which have to be normal numbers.
+    tiny = _TINY[dtype_name(array)]
+    scale = backend.clip(backend.max(backend.abs(array)), tiny, 1.0 / tiny)
+    return array / scale, scale
 
 
 def component(a: Array, b: Array) -> Array:
@@ -382,8 +391,7 @@ def component(a: Array, b: Array) -> Array:
     Safe against overflow and underflow of the squares of a.
     """
     backend = _backend(a)
-    largest = backend.max(backend.abs(a))
-    scaled = a / (largest + (largest == 0))
+    scaled, _ = _scaled(a)
     squares = backend.sum(scaled * scaled)
     return backend.sum(scaled * b) / backend.sqrt(squares + (squares == 0))
 

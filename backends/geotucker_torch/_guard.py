@@ -15,6 +15,7 @@ import geotucker as gt
 from ._layers import TuckerModule
 from ._parts import is_sharded
 from ._slots import Slot, find_slots
+from ._state import TANGENT
 
 __all__ = ["Before", "restored_if_it_fails", "untouched_if_loading_fails"]
 
@@ -41,9 +42,11 @@ class Before:
         self._gradients = {p: p.grad for slot in slots for p in (slot.core, *slot.factors)}
         factors = {factor for slot in slots for factor in slot.factors}
         stepped = [p for group in optimizer.param_groups for p in group["params"]]
-        stepped = [p for p in stepped if p.requires_grad and p not in factors]
-        self._values = {p: p.detach().clone() for p in stepped}
-        self._state = {p: _copy_state(entry) for p, entry in optimizer.state.items()}
+        # What has a gradient is stepped, also where it has been frozen since.
+        stepped = [p for p in stepped if p.requires_grad or p.grad is not None]
+        self._values = {p: p.detach().clone() for p in stepped if p not in factors}
+        self._state = {p: _state_copy(entry) for p, entry in optimizer.state.items()}
+        self._settings = [_settings_copy(group) for group in optimizer.param_groups]
 
     def put_back(self) -> None:
         """Put parameters, gradients, lifts and the optimizer's state back."""
@@ -60,28 +63,25 @@ class Before:
                     parameter.copy_(value)
         self._optimizer.state.clear()
         self._optimizer.state.update(self._state)
+        for group, settings in zip(self._optimizer.param_groups, self._settings, strict=False):
+            group.clear()
+            group.update(settings)
 
     def changes(self) -> list[tuple[Tensor, Tensor]] | None:
         """Return each tensor that a step of the cores writes, with what was in it.
 
-        None if there is more to a way back than these: the state is new, or holds other things
-        than tensors that have changed.
+        None if there is more to a way back than these: the state is new, holds other things than
+        plain tensors that have changed, or tensors that share memory; or the step has changed a
+        setting in a parameter group.
         """
-        pairs = [(parameter.detach(), value) for parameter, value in self._values.items()]
-        state = self._optimizer.state
-        if set(state) != set(self._state):
+        state, groups = self._optimizer.state, self._optimizer.param_groups
+        if set(state) != set(self._state) or len(groups) != len(self._settings):
             return None
-        for parameter, old in self._state.items():
-            new = state[parameter]
-            if not isinstance(old, dict) or set(new) != set(old):
-                return None
-            for key, value in old.items():
-                if torch.is_tensor(value):
-                    pairs.append((new[key], value))
-                elif not isinstance(value, dict) and new[key] != value:
-                    return None
-        same = all(torch.is_tensor(now) and now.shape == then.shape for now, then in pairs)
-        return pairs if same and not any(is_sharded(now) for now, _ in pairs) else None
+        pairs: list[tuple[Any, Any]] = [(p.detach(), value) for p, value in self._values.items()]
+        entries = [(state[parameter], entry) for parameter, entry in self._state.items()]
+        for now, before in chain(entries, zip(groups, self._settings, strict=True)):
+            pairs += _differences(now, before)
+        return pairs if _are_apart(pairs) else None
 
 
 @contextmanager
@@ -95,10 +95,52 @@ def restored_if_it_fails(optimizer: Optimizer, slots: Sequence[Slot]) -> Iterato
         raise
 
 
-def _copy_state(state: Any) -> Any:
-    if isinstance(state, dict):
-        return {k: v.clone() if torch.is_tensor(v) else copy.copy(v) for k, v in state.items()}
-    return copy.deepcopy(state)
+def _state_copy(entry: Any) -> Any:
+    """Return a copy; the basis parts of moments are never written in place."""
+    if not isinstance(entry, dict):
+        return copy.deepcopy(entry)
+    return {k: dict(v) if k == TANGENT else _copy(v) for k, v in entry.items()}
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if torch.is_tensor(value) else copy.deepcopy(value)
+
+
+def _settings_copy(group: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy with the same parameters, and the same tensor for a learning rate."""
+    own = {k: copy.copy(v) for k, v in group.items() if isinstance(v, (dict, list))}
+    return {**group, **own, "params": group["params"]}
+
+
+def _differences(now: Any, before: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield what is not what it was, or may not be: all tensors that were copied."""
+    alike = type(now) is type(before)
+    if alike and isinstance(now, dict) and now.keys() == before.keys():
+        for key in now:
+            if key != TANGENT:  # made anew where bases change
+                yield from _differences(now[key], before[key])
+    elif alike and isinstance(now, (list, tuple)) and len(now) == len(before):
+        for pair in zip(now, before, strict=True):
+            yield from _differences(*pair)
+    else:
+        plain = alike and isinstance(now, (bool, int, float, complex, str))
+        if now is not before and not (plain and now == before):
+            yield now, before
+
+
+def _is_plain(tensor: Any) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+
+
+def _are_apart(pairs: Sequence[tuple[Any, Any]]) -> bool:
+    """Tell whether these are pairs of plain tensors, alike, and no two in one place."""
+    for now, before in pairs:
+        if not (_is_plain(now) and _is_plain(before)):
+            return False
+        if (now.shape, now.dtype, now.device) != (before.shape, before.dtype, before.device):
+            return False
+    places = [now.data_ptr() for now, _ in pairs if now.numel()]
+    return len(set(places)) == len(places)
 
 
 @contextmanager

@@ -99,7 +99,9 @@ class TDLRT(Optimizer):
     late_check : bool, optional
         Whether a step between changes of the bases leaves it to the next step to tell that a
         gradient was not finite, so that nobody waits for the device: see *All or nothing*. By
-        default where all cores are on CUDA devices.
+        default on CUDA devices; True does so on the CPU as well. Where a step cannot be taken back
+        by one device alone it is told at once: with gradients on several devices or in parts on
+        several processes, in the first step, and by optimizers that keep other things than tensors.
     process_group : torch.distributed.ProcessGroup, optional
         The processes that train this model together, each with batches of its own; by default all
         of them, if torch.distributed is initialised. A group of one process trains alone.
@@ -341,6 +343,8 @@ class TDLRT(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return everything, for copies and pickles."""
+        if self._verdict is not None:
+            self._verdict.hear()
         return {**self.__dict__, "_verdict": None}  # it is told here
 
     def __repr__(self) -> str:
@@ -396,6 +400,9 @@ class TDLRT(Optimizer):
             if closure is not None:
                 loss, right = self._evaluate(torch.enable_grad()(closure), foreign)
             self._tell("step")
+            for slot in self._slots:  # no optimizer steps bases
+                for factor in slot.factors:
+                    factor.grad = None
             with phase("step"):
                 largest = self._largest_gradients()  # which asks for those of tensors in parts
             right |= self._settle(slots)
@@ -616,10 +623,10 @@ class TDLRT(Optimizer):
     def _check(self, largest: Sequence[Largest], start: Before) -> None:
         """Raise unless the step was finite; or have the device take it back, and raise later."""
         devices = {one.magnitude.device for one in largest}
-        late = self.late_check
-        if late is None:
-            late = all(device.type == "cuda" for device in devices)
-        changes = start.changes() if late and not self._moves_bases and len(devices) == 1 else None
+        late = self.late_check is None or self.late_check
+        allowed = {"cuda"} if self.late_check is None else {"cuda", "cpu"}
+        late = late and len(devices) == 1 and {device.type for device in devices} <= allowed
+        changes = start.changes() if late and not self._moves_bases else None
         if changes is None:
             check_finite(largest)
         else:

@@ -20,6 +20,7 @@ from geotucker._moments import carry, lift, lift_squares, regauge, rotate_square
 from ._lifted import Right
 
 __all__ = [
+    "TANGENT",
     "carry_state",
     "drift",
     "has_moments",
@@ -29,7 +30,7 @@ __all__ = [
     "right_of",
 ]
 
-_TANGENT = "tangent"
+TANGENT = "tangent"
 _CORE = "core"
 # Second moments of torch.optim, which have no exact transport (see geotucker._moments).
 _SECOND = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta", "exp_inf"}
@@ -51,7 +52,7 @@ def lift_state(
     Linear moments are written in the wide bases, second ones get means; if any tensor has another
     shape than the core the whole state is reset: it cannot be carried.
     """
-    tangent = state.get(_TANGENT, {})
+    tangent = state.get(TANGENT, {})
 
     def lifted(key: str, moment: Tensor) -> Tensor:
         if key in _SECOND:
@@ -75,12 +76,12 @@ def carry_state(
         return part.core
 
     mapped = _mapped(state, wide.ranks, carried)
-    return {**mapped, _TANGENT: tangent} if mapped and tangent else mapped
+    return {**mapped, TANGENT: tangent} if mapped and tangent else mapped
 
 
 def mark_core(state: dict[str, Any], core: Tensor) -> None:
     """Remember the core that the basis parts belong to, before it is stepped: a copy of it."""
-    tangent = state.get(_TANGENT)
+    tangent = state.get(TANGENT)
     if tangent and _CORE not in tangent:
         tangent[_CORE] = (core,)
 
@@ -88,9 +89,9 @@ def mark_core(state: dict[str, Any], core: Tensor) -> None:
 def regauge_states(states: Sequence[dict[str, Any]], points: Sequence[gt.TuckerPoint]) -> None:
     """Bring the basis parts into the gauges of the present cores, which may have been stepped."""
     stepped = [
-        (state[_TANGENT], point)
+        (state[TANGENT], point)
         for state, point in zip(states, points, strict=True)
-        if _CORE in state.get(_TANGENT, {})
+        if _CORE in state.get(TANGENT, {})
     ]
     cores = [
         (core, _incomplete(point))
@@ -127,7 +128,7 @@ def drift(state: Mapping[str, Any], group: Mapping[str, Any]) -> tuple[Tensor, .
     ``beta * m + (1 - beta) * gradient``. Bases that are extended by the sum of ``grad_{K_i}`` and
     this drift hold it exactly. None where there is no moment, or where it is in other units.
     """
-    tangent = state.get(_TANGENT, {})
+    tangent = state.get(TANGENT, {})
     if "momentum_buffer" in tangent and "square_avg" not in state:
         weight = group["momentum"] / (1.0 - group.get("dampening", 0.0))
         return tuple(weight * part for part in tangent["momentum_buffer"])
@@ -142,7 +143,7 @@ def _mapped(
 ) -> dict[str, Any]:
     mapped: dict[str, Any] = {}
     for key, value in state.items():
-        if key == _TANGENT:
+        if key == TANGENT:
             continue
         if not torch.is_tensor(value) or value.dim() == 0:
             mapped[key] = value

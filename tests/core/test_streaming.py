@@ -1,7 +1,10 @@
 """Tensors in files: decomposed in pieces as in memory, reconstructed, saved, refused."""
 
+import errno
 import math
+import os
 import re
+import stat
 from typing import Any
 
 import numpy as np
@@ -207,6 +210,43 @@ def test_existing_files_stay(tmp_path):
     assert path.read_bytes() == before
     gt.save(path, gt.scale(TRUTH, 2.0), overwrite=True)
     assert_close(gt.load(path).core, 2 * TRUTH.core, 1e-15)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="devices are files on POSIX")
+def test_what_is_no_file_stays(tmp_path):
+    device, folder, link = tmp_path / "device", tmp_path / "folder", tmp_path / "link"
+    os.mkfifo(device)
+    folder.mkdir()
+    link.symlink_to(folder)
+    for path, error, message in (
+        (device, FileExistsError, "device: expected the name of a file"),
+        (folder, IsADirectoryError, "folder: expected the name of a file"),
+        (link, IsADirectoryError, "link: expected the name of a file"),
+        (tmp_path / "no" / "file", FileNotFoundError, "file: there is no folder .*no; make it"),
+    ):
+        for overwrite in (False, True):
+            with pytest.raises(error, match=message), replacing(path, overwrite):
+                raise AssertionError("nothing is to be written")
+    assert sorted(tmp_path.iterdir()) == [device, folder, link]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a call of POSIX")
+def test_a_file_is_written_where_folders_cannot_be_synchronised(tmp_path, monkeypatch):
+    fsync, path = os.fsync, tmp_path / "result"
+    number = errno.EINVAL  # of network file systems
+
+    def of_files_only(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", of_files_only)
+    with replacing(path) as file:
+        file.write(b"whole")
+    assert path.read_bytes() == b"whole"
+    number = errno.EIO
+    with pytest.raises(OSError, match="Input/output"), replacing(path, overwrite=True):
+        pass
 
 
 # Errors.

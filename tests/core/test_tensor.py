@@ -133,7 +133,7 @@ def test_norm_survives_cancellation(backend):
 def test_norm_neither_overflows_nor_underflows(backend, dtype):
     case = Case(backend, dtype, (6, 5), (2, 2), 0)
     point = case.point()
-    for exponent in (-300, 300) if dtype == "float64" else (-30, 37):
+    for exponent in (-300, 300, 307.5) if dtype == "float64" else (-30, 37, 37.5):
         scaled = gt.scale(point, 10.0**exponent)
         assert math.isclose(gt.norm(scaled), gt.norm(point) * 10.0**exponent, rel_tol=1e-5)
     assert gt.norm(gt.scale(point, 0.0)) == 0.0
@@ -142,6 +142,28 @@ def test_norm_neither_overflows_nor_underflows(backend, dtype):
 def test_to_dense_shows_what_is_not_finite(backend):
     point = (backend.array(np.full((1, 1), np.nan)), [backend.array(np.ones((2, 1)))] * 2)
     assert np.isnan(backend.numpy(gt.to_dense(point))).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "count", "value"),
+    [
+        ("float32", 3, 3e38),  # whose reciprocal is no normal number
+        ("float64", 3, 1.5e308 / 3**0.5),
+        ("float32", 3, 2e-38),
+        ("float64", 3, 3e-308),
+        ("float16", 70_000, 1.0),  # whose sum of squares is no number of this precision
+        ("float16", 70_000, 6e4),
+        ("float16", 70_000, 1e-7),
+    ],
+)
+def test_norms_at_the_ends_of_each_precision(backend, dtype, count, value):
+    array = backend.array(np.full(count, value), dtype)
+    entry = float(backend.numpy(array)[0])
+    expected = entry * math.sqrt(count)
+    assert entry == pytest.approx(value, rel=0.2)
+    assert _ops.norm(array) == pytest.approx(expected, rel=1e-5)
+    component = _ops.component(array, _ops.sign(array))  # the sum of magnitudes by the norm
+    assert float(component.item()) == pytest.approx(math.sqrt(count), rel=1e-5)
 
 
 def test_norms_of_several_arrays_are_those_of_each(backend):

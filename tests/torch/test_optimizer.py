@@ -388,7 +388,21 @@ def test_a_failed_step_changes_nothing(fault, every, one_pass):
     assert np.isfinite(optimizer.step(good).item())
 
 
+class Listing(torch.optim.SGD):
+    """Keeps tensors in lists, which it writes in place, and new ones in a dict."""
+
+    def step(self, closure=None):
+        super().step()
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is not None:
+                state = self.state[parameter]
+                for total in state.setdefault("totals", [torch.zeros(()), torch.zeros(2)]):
+                    total.add_(parameter.grad.sum())
+                state["last"] = {"sum": parameter.grad.sum()}
+
+
 CHECKED_LATE = {
+    "lists": lambda p: Listing(p, 0.05),
     "SGD": lambda p: torch.optim.SGD(p, 0.05, weight_decay=0.1),
     "momentum": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9),
     "fused momentum": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, fused=True),
@@ -483,8 +497,28 @@ class Counting(torch.optim.SGD):
             state["calls"] = state.get("calls", 0) + 1
 
 
-def test_a_step_is_checked_at_once_where_tensors_alone_are_no_way_back():
-    model, optimizer, closure = checked_late(lambda p: Counting(p, 0.05))
+class Estimating(torch.optim.SGD):
+    """Keeps what it learns in the parameter group, as Prodigy does."""
+
+    def step(self, closure=None):
+        super().step()
+        group = self.param_groups[0]
+        gradients = [p.grad.abs().sum().item() for p in group["params"] if p.grad is not None]
+        group["learnt"] = {"sum": sum(gradients)}
+
+
+AT_ONCE = {
+    "numbers": lambda p: Counting(p, 0.05),
+    "a parameter group": lambda p: Estimating(p, 0.05),
+    "shared memory": lambda p: torch.optim.SGD(p, 0.05),
+}
+
+
+@pytest.mark.parametrize("kind", AT_ONCE)
+def test_a_step_is_checked_at_once_where_tensors_alone_are_no_way_back(kind):
+    model, optimizer, closure = checked_late(AT_ONCE[kind])
+    if kind == "shared memory":
+        model[5].bias.data = model[5].weight.data[:, 0]
     for _ in range(2):
         closure()
         optimizer.step()
@@ -494,6 +528,65 @@ def test_a_step_is_checked_at_once_where_tensors_alone_are_no_way_back():
     with pytest.raises(gt.NonFiniteError, match="undone"):
         optimizer.step()
     assert_same(snapshot(model, optimizer), before)
+
+
+@pytest.mark.parametrize("late_check", [False, True])
+def test_what_was_frozen_after_its_gradient_came_is_put_back(late_check):
+    model, optimizer, closure = checked_late(CHECKED_LATE["SGD"], late_check)
+    closure()
+    optimizer.step()
+    before = snapshot(model, optimizer)[0]
+    closure()
+    model[5].weight.grad[0, 0] = float("nan")
+    model[5].weight.requires_grad_(False)
+    if late_check:
+        optimizer.step()
+    with pytest.raises(gt.NonFiniteError):
+        optimizer.step()
+    assert_same(snapshot(model, optimizer)[0], before)
+
+
+def test_a_learning_rate_stays_the_tensor_that_a_scheduler_writes():
+    rate = torch.tensor(0.05)
+    model, optimizer, closure = checked_late(lambda p: torch.optim.Adam(p, rate))
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer.wrapped, 0.5)
+    for _ in range(2):
+        closure()
+        optimizer.step()
+    closure()
+    model[5].weight.grad[0, 0] = float("nan")
+    optimizer.step()
+    scheduler.step()
+    with pytest.raises(gt.NonFiniteError, match="in the step before"):
+        optimizer.step()
+    optimizer.late_check = False
+    with pytest.raises(gt.NonFiniteError, match="undone"):
+        optimizer.step()
+    assert optimizer.param_groups[0]["lr"] is scheduler.optimizer.param_groups[0]["lr"]
+    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.025)
+
+
+def test_a_copy_holds_nothing_of_a_step_that_was_not_finite(monkeypatch):
+    model, optimizer, closure = checked_late(CHECKED_LATE["Adam"])
+    for _ in range(2):
+        closure()
+        optimizer.step()
+    before = snapshot(model, optimizer)[1]["state"]
+    elsewhere = []
+    init = Verdict.__init__
+
+    def with_counters_elsewhere(self, largest, changes):  # as those of a GPU's parameters are
+        counters = [pair for pair in changes if pair[0].dim() == 0]
+        init(self, largest, [pair for pair in changes if pair[0].dim()])
+        self._elsewhere = counters
+        elsewhere.extend(counters)
+
+    monkeypatch.setattr(Verdict, "__init__", with_counters_elsewhere)
+    closure()
+    model[5].weight.grad[0, 0] = float("nan")
+    optimizer.step()
+    assert elsewhere
+    assert_same(copy.deepcopy(optimizer).state_dict()["state"], before)
 
 
 def test_a_loaded_state_has_no_step_before():

@@ -71,6 +71,32 @@ def test_trains(tltorch, name, rule, every):
     torch.testing.assert_close(weight, gt.to_dense(optimizer._slots[0].point))
 
 
+@pytest.mark.parametrize("late_check", [False, True])
+def test_no_optimizer_steps_bases_between_two_changes_of_them(tltorch, late_check):
+    layer, shape = layers(tltorch)["factorized conv"]
+    inner = torch.optim.SGD(layer.parameters(), 0.05, momentum=0.5, weight_decay=0.1)
+    optimizer = TDLRT(inner, layer, basis_every=3, late_check=late_check)
+    x = torch.randn(shape)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = layer(x).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    before = optimizer._slots[0].point
+    factors = [factor.clone() for factor in before.factors]
+    core = before.core.clone()
+    for _ in range(2):  # without a closure, which these steps do not need
+        closure()
+        optimizer.step()
+    after = optimizer._slots[0].point
+    assert not torch.equal(after.core, core)
+    assert all(map(torch.equal, after.factors, factors))
+    assert not any(factor in optimizer.state for factor in optimizer._slots[0].factors)
+
+
 def test_trains_as_our_own_layer(tltorch):
     torch.manual_seed(0)
     conv = nn.Conv2d(4, 6, 3, padding=1)
