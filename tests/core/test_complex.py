@@ -69,6 +69,7 @@ CALLS = {
     "regression": lambda make: gt.regression(SAMPLES, np.ones(2))(make(REAL)),
     "autodiff": lambda make: gt.Autodiff(gt.to_dense)(make(REAL)),
     "save": lambda make: gt.save("nowhere.npz", make(REAL)),
+    "convert": lambda make: gt.convert(make(REAL), np),
     "reconstruct_file": lambda make: gt.reconstruct_file(make(REAL), "nowhere.npy"),
     "integrate": lambda make: gt.integrate(lambda t, y: REAL, make(REAL), (0, 1), step=0.5),
     "integrate, field": lambda make: gt.integrate(lambda t, y: make(REAL), REAL, (0, 1), step=0.5),

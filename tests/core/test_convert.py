@@ -88,6 +88,13 @@ def test_tangent_vectors_pairs_and_plain_arrays():
     assert view.stride() == (1, 3)
 
 
+def test_a_plain_array_may_be_complex():
+    import torch
+
+    there = gt.convert(np.array([1.0, 2.0 + 3.0j]), torch)
+    assert there.tolist() == [1.0, 2.0 + 3.0j]
+
+
 def test_what_cannot_be_shared_is_said():
     import jax
     import torch
