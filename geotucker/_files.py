@@ -3,6 +3,7 @@
 import errno
 import math
 import os
+import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -101,7 +102,7 @@ def replacing(
 
     Whatever ends the process, `path` holds what it held before or all that is new. What fails
     leaves no hidden file; a process that is killed does, and the next one of that name writes over
-    it. A link stays a link.
+    it. A link stays a link, and a file that is private stays so.
 
     Parameters
     ----------
@@ -143,6 +144,8 @@ def replacing(
     beside = target.with_name(f".{target.name}.{os.getpid() if writer is None else writer}.part")
     try:
         with beside.open("wb") as file:
+            if target.exists():
+                shutil.copymode(target, beside)  # before there is anything to read
             yield file
             file.flush()
             os.fsync(file.fileno())

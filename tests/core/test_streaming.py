@@ -199,6 +199,17 @@ def test_a_file_appears_complete_or_not_at_all(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs permissions")
+def test_a_private_file_stays_private(tmp_path):
+    path = tmp_path / "result"
+    path.touch(0o600)
+    with replacing(path, overwrite=True) as file:
+        (beside,) = tmp_path.glob(".*")
+        assert beside.stat().st_mode & 0o777 == 0o600
+        file.write(b"whole")
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
 def test_existing_files_stay(tmp_path):
     path = tmp_path / "point.tucker.npz"
     gt.save(path, TRUTH)
