@@ -112,7 +112,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.save([*(part.state_dict() for part in parts), rng], folder / f"{settings}.pt")
         advance(*parts, range(SAVED_AT, STEPS))
         save_checkpoint(folder / f"{settings} unbroken", *parts)
-    run_program("resume", folder)
+    run_program("resume", folder, threads=torch.get_num_threads())  # sums depend on it
     return folder
 
 
@@ -620,11 +620,10 @@ def test_a_killed_save_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) <= 2  # what was half written is written over
 
 
-def run_program(*arguments: Any) -> str:
-    """Run this file as a program, on as many threads as this process, and return its output."""
-    threads = str(torch.get_num_threads())  # sums depend on it
+def run_program(*arguments: Any, threads: int = 1) -> str:
+    """Run this file as a program and return its output."""
     path = os.pathsep.join(sys.path)
-    environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": path}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
     program = [sys.executable, "-W", "ignore", __file__, *map(str, arguments)]
     done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
