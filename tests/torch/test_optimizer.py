@@ -424,13 +424,17 @@ def checked_late(make_optimizer, late_check=True):
     return model, optimizer, closure_for(optimizer)
 
 
+def advance(optimizer, closure, steps):
+    for _ in range(steps):
+        closure()
+        optimizer.step()
+
+
 @pytest.mark.parametrize("kind", CHECKED_LATE)
 @pytest.mark.parametrize("fault", ["nan", "inf", "rate"])
 def test_a_step_that_is_checked_late_changes_nothing_either(kind, fault):
     model, optimizer, closure = checked_late(CHECKED_LATE[kind])
-    for _ in range(2):
-        closure()
-        optimizer.step()
+    advance(optimizer, closure, 2)
     before = snapshot(model, optimizer)
     closure()
     rates = [group["lr"] for group in optimizer.param_groups]
@@ -452,9 +456,7 @@ def test_a_step_that_is_checked_late_changes_nothing_either(kind, fault):
     optimizer.step()  # the gradients are still there
     assert optimizer.state_dict()["tdlrt"]["steps"] == 4
     assert not torch.equal(model[3].core, before[0]["3.core"])
-    for _ in range(4):  # and bases move again
-        closure()
-        optimizer.step()
+    advance(optimizer, closure, 4)  # and bases move again
     check_orthonormal(model[3].point)
 
 
@@ -480,9 +482,7 @@ def test_a_late_check_changes_no_finite_step(kind):
     ends = []
     for late_check in (False, True):
         model, optimizer, closure = checked_late(CHECKED_LATE[kind], late_check)
-        for _ in range(8):
-            closure()
-            optimizer.step()
+        advance(optimizer, closure, 8)
         ends.append(snapshot(model, optimizer))
     assert_same(*ends)
 
@@ -519,9 +519,7 @@ def test_a_step_is_checked_at_once_where_tensors_alone_are_no_way_back(kind):
     model, optimizer, closure = checked_late(AT_ONCE[kind])
     if kind == "shared memory":
         model[5].bias.data = model[5].weight.data[:, 0]
-    for _ in range(2):
-        closure()
-        optimizer.step()
+    advance(optimizer, closure, 2)
     before = snapshot(model, optimizer)
     closure()
     model[5].weight.grad[0, 0] = float("nan")
@@ -550,9 +548,7 @@ def test_a_learning_rate_stays_the_tensor_that_a_scheduler_writes():
     rate = torch.tensor(0.05)
     model, optimizer, closure = checked_late(lambda p: torch.optim.Adam(p, rate))
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer.wrapped, 0.5)
-    for _ in range(2):
-        closure()
-        optimizer.step()
+    advance(optimizer, closure, 2)
     closure()
     model[5].weight.grad[0, 0] = float("nan")
     optimizer.step()
@@ -568,9 +564,7 @@ def test_a_learning_rate_stays_the_tensor_that_a_scheduler_writes():
 
 def test_a_copy_holds_nothing_of_a_step_that_was_not_finite(monkeypatch):
     model, optimizer, closure = checked_late(CHECKED_LATE["Adam"])
-    for _ in range(2):
-        closure()
-        optimizer.step()
+    advance(optimizer, closure, 2)
     before = snapshot(model, optimizer)[1]["state"]
     elsewhere = []
     init = Verdict.__init__
@@ -591,9 +585,7 @@ def test_a_copy_holds_nothing_of_a_step_that_was_not_finite(monkeypatch):
 
 def test_a_loaded_state_has_no_step_before():
     model, optimizer, closure = checked_late(CHECKED_LATE["momentum"])
-    for _ in range(2):
-        closure()
-        optimizer.step()
+    advance(optimizer, closure, 2)
     saved = snapshot(model, optimizer)
     closure()
     model[5].weight.grad[0, 0] = float("nan")
