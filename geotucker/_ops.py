@@ -339,12 +339,10 @@ def max_abs(array: Array, axis: int | None = None) -> Array:
 
     NaN propagates on every backend, so a finite result proves that every entry is finite.
     """
+    if axis is None:
+        return largest([array])[0]
     backend = _backend(array)
-    if axis is not None:
-        return backend.max(backend.abs(array), axis=axis)
-    if 0 in shape(array):
-        return 0.0
-    return float(backend.max(backend.abs(array)).item())
+    return backend.max(backend.abs(array), axis=axis)
 
 
 def largest(arrays: Sequence[Array]) -> list[float]:
