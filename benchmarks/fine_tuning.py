@@ -2,23 +2,27 @@
 
 Run from the root of the repository, with the extra ``train`` installed::
 
+    python benchmarks/fine_tuning.py --trial --rates "0.01;0.03;0.1;0.3" --budgets "0.05;0.25"
     python benchmarks/fine_tuning.py --jobs 2
 
 ResNet20 or ResNet32 with weights from elsewhere (see `networks.pretrained`) are trained on, by one
 recipe for all methods: SGD with momentum, cosine decay, the same images in the same order. The
-dense network is the reference. Data and weights are downloaded, or read from the folder that
-``GEOTUCKER_DATA_DIR`` names. If CIFAR-10 is there as its JPEG copy, the table says so: the weights
-were trained on lossless images, and lose ten points on the copy before they are trained on it.
+learning rate is that which was best for the method in trials: short runs on few images, judged by
+images of the training set that no run trains on. The dense network is the reference. Data and
+weights are downloaded, or read from the folder that ``GEOTUCKER_DATA_DIR`` names. If CIFAR-10 is
+there as its JPEG copy, the table says so: the weights were trained on lossless images, and lose
+ten points on the copy before they are trained on it.
 
 Methods are those of `methods.METHODS` and the ones below; names are separated by ";". The table is
 ``benchmarks/results/fine_tuning.csv``: a row for each epoch, none lost if the script is stopped.
-Trials on a few images (``--images 5000``) have rows of their own.
+Trials have rows of their own, and their column `held_out` is not 0.
 """
 
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -27,6 +31,7 @@ import typer
 from methods import METHODS, Method, cut, tdlrt
 from networks import pretrained
 from runs import by_run, fill
+from tables import Row, read
 from torch import nn
 from training import Epoch, Recipe, accuracy, row, size, train
 
@@ -35,9 +40,9 @@ from geotucker_torch._train._fetch import data_folder
 
 RESULTS = Path(__file__).parent / "results" / "fine_tuning.csv"
 BUDGETS = (0.5, 0.25, 0.1, 0.05)
-# In trials of 126 steps on 8,000 images, at 5 %, TDLRT gained up to a rate of 0.1, and descent on
-# core and factors lost beyond 0.03; the dense network did better with 0.01 than with 0.05.
-EPOCHS, RATE, IMAGES = 3, 0.03, 50_000
+HELD_OUT = 5_000  # images of the training set that only trials look at
+EPOCHS, IMAGES = 3, 45_000
+TRIAL_EPOCHS, TRIAL_IMAGES = 2, 8_000
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation, of 1 for white
 
 
@@ -48,6 +53,7 @@ class Run(NamedTuple):
     method: str
     kept: float
     images: int
+    held_out: int
     epochs: int
     rate: float
     seed: int
@@ -77,6 +83,7 @@ SMALL: Mapping[str, Method] = {
     "TDLRT": partial(tdlrt, start=1.0),
     "TDLRT, truncated at once": partial(tdlrt, start=0.0),
 }
+UNTRAINED = ("as it came", "HOSVD, not trained")
 ALL: Mapping[str, Method] = {**METHODS, **WHOLE, **SMALL}
 DEFAULT = [*WHOLE, *SMALL, *(name for name in METHODS if name.endswith("pruning"))]
 
@@ -84,7 +91,7 @@ DEFAULT = [*WHOLE, *SMALL, *(name for name in METHODS if name.endswith("pruning"
 def work(run: Run) -> Iterator[dict[str, Any]]:
     """Fine-tune a network; each epoch is a row, with the name of the data."""
     torch.manual_seed(run.seed)
-    data = _some(images(), run.images)
+    data = _some(images(), run.images, run.held_out)
     model = pretrained(run.network, data_folder(None)).to(memory_format=torch.channels_last)
     recipe = Recipe(run.epochs, run.rate, momentum=0.9, decay=1e-4, seed=run.seed)
     for epoch in ALL[run.method](model, run.kept, data, recipe):
@@ -98,13 +105,35 @@ def images() -> DataSet:
     return replace(load("cifar10", data_folder(None)), mean=mean, deviation=deviation)
 
 
-def _some(data: DataSet, number: int) -> DataSet:
-    """Return the data with so many training images, the same in all runs."""
+def _some(data: DataSet, number: int, held_out: int) -> DataSet:
+    """Return the data with so many training images, and those held out for test if there are any.
+
+    The same in all runs, and none of the last `HELD_OUT` is trained on.
+    """
     order = torch.randperm(len(data.train_labels), generator=torch.Generator().manual_seed(0))
-    chosen = order[:number]
-    return replace(
-        data, train_images=data.train_images[chosen], train_labels=data.train_labels[chosen]
-    )
+    chosen, other = order[:-HELD_OUT][:number], order[len(order) - held_out :]
+    given, labels = data.train_images, data.train_labels
+    if held_out:
+        data = replace(data, test_images=given[other], test_labels=labels[other])
+    return replace(data, train_images=given[chosen], train_labels=labels[chosen])
+
+
+def best_rate(rows: list[Row], run: Run) -> float:
+    """Return the rate that was best for a method in trials, at the nearest share of parameters."""
+    trials = [
+        row
+        for row in rows
+        if (row["network"], row["method"]) == (run.network, run.method)
+        and row["held_out"] != "0"
+        and row["epoch"] == row["epochs"]
+        and row["test_accuracy"] != "nan"
+    ]
+    if not trials:
+        raise typer.BadParameter(f"no trials of {run.method!r} in the table: begin with --trial")
+    shares = {float(row["kept"]) for row in trials}
+    nearest = min(shares, key=lambda share: abs(math.log(share / run.kept)))
+    near = [row for row in trials if float(row["kept"]) == nearest]
+    return float(max(near, key=lambda row: float(row["test_accuracy"]))["rate"])
 
 
 def main(
@@ -113,9 +142,12 @@ def main(
     budgets: Annotated[str, typer.Option(help="Shares of the parameters to keep.")] = ";".join(
         map(str, BUDGETS)
     ),
-    epochs: Annotated[int, typer.Option(help="Of fine-tuning.")] = EPOCHS,
-    rate: Annotated[float, typer.Option(help="Learning rate at the start.")] = RATE,
-    images: Annotated[int, typer.Option(help="Of the training set; fewer for trials.")] = IMAGES,
+    rates: Annotated[
+        str, typer.Option(help="Learning rates at the start; by default what trials say.")
+    ] = "",
+    trial: Annotated[bool, typer.Option(help="Short runs, judged by held-out images.")] = False,
+    epochs: Annotated[int | None, typer.Option(help="Of fine-tuning.")] = None,
+    images: Annotated[int | None, typer.Option(help="Of the training set.")] = None,
     seeds: Annotated[int, typer.Option(help="Number of seeds, from 0.")] = 1,
     jobs: Annotated[int, typer.Option(help="Runs side by side, one thread each.")] = 2,
     out: Annotated[Path, typer.Option(help="The table.")] = RESULTS,
@@ -124,17 +156,20 @@ def main(
     for method in methods.split(";"):
         if method not in ALL:
             raise typer.BadParameter(f"got {method!r}, expected some of {'; '.join(ALL)}")
-    todo = [
-        Run(network, method, kept, images, epochs, rate, seed)
-        for seed in range(seeds)
-        for network in networks.split(";")
-        for method in methods.split(";")
-        for kept in ([1.0] if method in WHOLE else map(float, budgets.split(";")))
-    ]
-    for *_, found in by_run(fill(out, todo, work, jobs), todo).values():
+    length = (TRIAL_IMAGES, HELD_OUT, TRIAL_EPOCHS) if trial else (IMAGES, 0, EPOCHS)
+    asked = Run("", "", 0.0, images or length[0], length[1], epochs or length[2], 0.0, 0)
+    found, todo = read(out), []
+    for seed, network, method in product(range(seeds), networks.split(";"), methods.split(";")):
+        for kept in [1.0] if method in WHOLE else map(float, budgets.split(";")):
+            run = asked._replace(network=network, method=method, kept=kept, seed=seed)
+            given = (
+                [0.0] if method in UNTRAINED else [float(rate) for rate in rates.split(";") if rate]
+            )
+            todo += [run._replace(rate=rate) for rate in given or [best_rate(found, run)]]
+    for *_, end in by_run(fill(out, todo, work, jobs), todo).values():
         typer.echo(
-            f"{found['network']}, {found['method']}, {found['kept']}: {found['test_accuracy']} %, "
-            f"{int(found['parameters']):,} parameters; {found['data']}"
+            f"{end['network']}, {end['method']}, {end['kept']}, rate {end['rate']}: "
+            f"{end['test_accuracy']} %, {int(end['parameters']):,} parameters; {end['data']}"
         )
 
 
