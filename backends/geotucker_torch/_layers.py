@@ -440,7 +440,7 @@ class TuckerModule(nn.Module):
         self._lift.forget_uses()
         if self.narrow is not None:
             write_point(self.core, self.factors, self.narrow)
-            self.narrow, self.right, self.armed = None, None, True
+            self.narrow, self.right, self.armed = None, None, self._lift.moving
 
     def extra_repr(self) -> str:
         """Return the options, as the dense layer would, and the ranks."""
@@ -503,7 +503,7 @@ class TuckerModule(nn.Module):
         else:
             if prefix + "core" in given and self.narrow is not None:
                 # The point from before a lift must not come back over the one that is loaded.
-                self.narrow, self.right, self.armed = None, None, True
+                self.narrow, self.right, self.armed = None, None, self._lift.moving
             for key, tensor in given.items():
                 _resize(own[key], tensor.shape)
         super()._load_from_state_dict(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -85,6 +85,14 @@ class Lift:
     # What they have for the gradients waits for the end of the backward pass, by the number of that
     # and by the identity of the core; shared by all tensors of an optimizer.
     waiting: "Waiting" = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return all but what an optimizer has set, which would not truncate what a copy extends.
+
+        One that is copied together with its model tells the copy what is to be.
+        """
+        of_optimizer = {"moving": False, "peers": None, "armed": False, "uses": 0, "waiting": {}}
+        return {**self.__dict__, **of_optimizer}
 
     def forget_uses(self) -> None:
         """Start to count again, and drop what a backward pass that has failed left behind."""

@@ -207,6 +207,7 @@ class TDLRT(Optimizer):
         self._slots = slots
         waiting = _share_lifts(slots)
         self.peers = None if group is None else Peers(group, model, optimizer, slots)
+        self._disarm_at_the_end(waiting)
         self._steps = 0
         self._seconds: dict[str, float] = {}
         self._ended = time.perf_counter()
@@ -222,9 +223,6 @@ class TDLRT(Optimizer):
         self._sensitivities = Sensitivities()
         self.one_pass = one_pass
         self._arm()
-        # Without this optimizer nobody would truncate what they extend.
-        layers = [slot.layer for slot in slots if slot.layer is not None]
-        weakref.finalize(self, _disarm, layers, waiting, self.peers)
 
     # What an optimizer is for its users: all of it belongs to the wrapped one.
 
@@ -345,7 +343,22 @@ class TDLRT(Optimizer):
         """Return everything, for copies and pickles."""
         if self._verdict is not None:
             self._verdict.hear()
-        return {**self.__dict__, "_verdict": None}  # it is told here
+        lifts = [slot.layer.lift_state() for slot in self._slots if slot.layer is not None]
+        return {**self.__dict__, "_verdict": None, "_lifts": lifts}  # the verdict is told here
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take everything, and move the bases of the copied model from now on."""
+        lifts = state.pop("_lifts")
+        super().__setstate__(state)
+        self._disarm_at_the_end(_share_lifts(self._slots))
+        layers = (slot.layer for slot in self._slots if slot.layer is not None)
+        for layer, lift in zip(layers, lifts, strict=True):
+            layer.restore_lift(lift)
+
+    def _disarm_at_the_end(self, waiting: Waiting) -> None:
+        """Have layers extend nothing when this optimizer is gone: nobody would truncate it."""
+        layers = [slot.layer for slot in self._slots if slot.layer is not None]
+        weakref.finalize(self, _disarm, layers, waiting, self.peers)
 
     def __repr__(self) -> str:
         """Show the wrapped optimizer and the rank rules."""

@@ -203,7 +203,6 @@ def settled_copy(model: nn.Module) -> nn.Module:
     for module in new.modules():
         if isinstance(module, TuckerModule):
             module.unlift()
-            module.armed = False
     return new
 
 

@@ -1,6 +1,7 @@
 """The optimizer: equal to the core's integrator, at home in torch, all or nothing."""
 
 import copy
+import gc
 import math
 import pickle
 
@@ -339,6 +340,57 @@ def test_copies_and_pickles_go_on_alike():
     ):
         assert_same(snapshot(model, optimizer), snapshot(net, twin))
         assert twin.param_groups[0]["params"][0] is next(net.parameters())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_a_run_that_is_copied_between_backward_and_step_goes_on_alike(copied):
+    model, closure_for = problem()
+    optimizer = TDLRT(torch.optim.Adam(model.parameters(), 1e-2), model)
+    optimizer.step(closure_for(optimizer))
+    closure_for(optimizer)()
+    twin, net = copied((optimizer, model))
+    wide = model[0].core.shape
+    x, y = torch.randn(16, 3, 5, 5).double(), torch.randint(0, 4, (16,))
+    for own, parts in ((optimizer, model), (twin, net)):
+        assert parts[0].core.shape == wide
+        assert parts[0].settled_ranks == (3, 3, 3, 3)
+        for parameter in net.parameters():  # gradients are not copied
+            parameter.grad = None if parts is net else parameter.grad
+        own.zero_grad()
+        assert parts[0].ranks == (3, 3, 3, 3)
+        nn.functional.cross_entropy(parts(x), y).backward()
+        assert parts[0].core.shape == wide
+        own.step()
+    assert_same(snapshot(model, optimizer), snapshot(net, twin))
+    assert net[0].armed
+    del own, twin
+    gc.collect()
+    assert not net[0].armed
+
+
+@pytest.mark.parametrize("lifted", [False, True])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_without_its_optimizer_extends_nothing(copied, lifted):
+    model, closure_for = problem()
+    optimizer = TDLRT(torch.optim.SGD(model.parameters(), 1e-2), model)
+    optimizer.step(closure_for(optimizer))
+    if lifted:
+        closure_for(optimizer)()
+    net = copied(model).requires_grad_(True)
+    sgd = torch.optim.SGD(net.parameters(), 1e-2, momentum=0.9)
+    x, y = torch.randn(16, 3, 5, 5).double(), torch.randint(0, 4, (16,))
+    shapes, losses = [p.shape for p in net.parameters()], []
+    for _ in range(3):
+        sgd.zero_grad()
+        loss = nn.functional.cross_entropy(net(x), y)
+        loss.backward()
+        assert all(p.grad is not None for p in net.parameters())
+        sgd.step()
+        losses.append(loss.item())
+    assert [p.shape for p in net.parameters()] == shapes
+    assert losses[2] < losses[0]
+    optimizer.step(closure_for(optimizer))  # and the original goes on as ever
+    assert model[0].ranks == (3, 3, 3, 3)
 
 
 class Broken(torch.optim.SGD):
