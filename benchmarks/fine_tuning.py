@@ -41,7 +41,7 @@ from geotucker_torch._train._fetch import data_folder
 RESULTS = Path(__file__).parent / "results" / "fine_tuning.csv"
 BUDGETS = (0.5, 0.25, 0.1, 0.05)
 HELD_OUT = 5_000  # images of the training set that only trials look at
-EPOCHS, IMAGES = 3, 45_000
+EPOCHS, IMAGES = 3, 20_000
 TRIAL_EPOCHS, TRIAL_IMAGES = 2, 8_000
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation, of 1 for white
 
@@ -81,7 +81,6 @@ SMALL: Mapping[str, Method] = {
     "HOSVD, fine-tuned": descent,
     # A network that works has something to lose: it begins at the size that it has.
     "TDLRT": partial(tdlrt, start=1.0),
-    "TDLRT, truncated at once": partial(tdlrt, start=0.0),
 }
 UNTRAINED = ("as it came", "HOSVD, not trained")
 ALL: Mapping[str, Method] = {**METHODS, **WHOLE, **SMALL}

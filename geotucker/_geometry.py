@@ -316,9 +316,8 @@ def _beyond(basis: Array, columns: Array) -> Array:
 
 
 def _scaled(columns: Array) -> Array:
-    """Scale columns to a largest entry of one; zero ones stay."""
-    largest = _ops.max_abs(columns, axis=-2)[..., None, :]
-    return columns / (largest + (largest == 0))
+    """Scale columns to a largest entry of about one; zero ones stay."""
+    return columns / _ops.as_divisor(_ops.max_abs(columns, axis=-2)[..., None, :])
 
 
 def _decompose_whole(basis: Array, directions: Array) -> tuple[Array, Array]:

@@ -77,7 +77,12 @@ _BACKENDS = {"numpy": "numpy", "torch": "pytorch", "jax": "jax", "jaxlib": "jax"
 _EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
 _REAL = set(_EPS)
 # The smallest normal numbers.
-_TINY = {"float32": 2.0**-126, "float64": 2.0**-1022}
+_TINY = {
+    "float16": 2.0**-14,
+    "bfloat16": 2.0**-126,
+    "float32": 2.0**-126,
+    "float64": 2.0**-1022,
+}
 # LAPACK has no half precision: QR and SVD of these run in float32.
 _HALF = {"float16", "bfloat16"}
 
@@ -377,10 +382,15 @@ def _scaled(array: Array) -> tuple[Array, Array]:
     backend = _backend(array)
     if dtype_name(array) in _HALF:  # sums of many squares would overflow
         array = _cast(array, backend.float32)
-    # XLA multiplies by reciprocals, which have to be normal numbers.
-    tiny = _TINY[dtype_name(array)]
-    scale = backend.clip(backend.max(backend.abs(array)), tiny, 1.0 / tiny)
+    scale = as_divisor(backend.max(backend.abs(array)))
     return array / scale, scale
+
+
+def as_divisor(magnitudes: Array) -> Array:
+    """Return magnitudes by which may be divided: zero becomes tiny, and the largest a quarter."""
+    # XLA multiplies by reciprocals, which have to be normal numbers.
+    tiny = _TINY[dtype_name(magnitudes)]
+    return _backend(magnitudes).clip(magnitudes, tiny, 1.0 / tiny)
 
 
 def component(a: Array, b: Array) -> Array:
