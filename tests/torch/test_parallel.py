@@ -61,6 +61,7 @@ OF_FOUR = [  # of the trainings those that tell most for their time
     "growing",
     *(f"killed in {phase}" for phase in faults.PHASES),
     "broken_input",
+    "broken_between",
     "broken_part",
     "other_bases",
     "other_truncation",
@@ -339,6 +340,21 @@ def test_nan_on_one_process_stops_the_step_on_all(world: int, results: Results) 
         assert result["same"]
         assert result["scales"] == [1024.0, 512.0, 512.0]  # skipped by a GradScaler, and stepped
         assert result["ranks"] == results("broken_input", world)[0]["ranks"]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_nan_on_one_process_between_bases_is_taken_back_on_all(
+    world: int, results: Results
+) -> None:
+    found = results("broken_between", world)
+    for result in found:
+        assert isinstance(result, dict), result
+        ((step, message),) = result["told"]
+        assert step == 3 and "in the step before" in message
+        assert result["kept"] == [False, False, True, True, False, False]
+        assert result["ranks"] == found[0]["ranks"]
+        for name, weight in result["weights"].items():
+            assert torch.equal(weight, found[0]["weights"][name])
 
 
 @pytest.mark.parametrize("world", [2, 4])

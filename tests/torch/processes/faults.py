@@ -48,6 +48,28 @@ def broken_input(folder: Path, rank: int, world: int) -> dict[str, Any]:
     return {"message": message, "same": same, "ranks": optimizer.ranks, "scales": scales}
 
 
+def broken_between(folder: Path, rank: int, world: int) -> dict[str, Any]:
+    """NaN comes on one process between changes of the bases, and is told of a step later."""
+    model = network()
+    wrapped = DistributedDataParallel(model)
+    rule, late = gt.Tolerance(0.1), {"basis_every": 5, "late_check": True}
+    optimizer = TDLRT(OPTIMIZERS["adam"](model), model, rule, **late)
+    x, y = (shard(t, rank, world) for t in batch(0))
+    told, kept = [], []
+    for step in range(6):
+        before = [t.clone() for t in model.parameters()]
+        broken = step == 2 and rank == world - 1
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(wrapped(x * torch.nan if broken else x), y).backward()
+        try:
+            optimizer.step()
+        except gt.NonFiniteError as error:
+            told.append((step, str(error)))
+        # In the last step the bases move, and ranks may change.
+        kept.append(step < 5 and all(map(torch.equal, before, model.parameters())))
+    return {"told": told, "kept": kept, "weights": model.state_dict(), "ranks": optimizer.ranks}
+
+
 def broken_part(folder: Path, rank: int, world: int) -> list[str]:
     """NaN is in the gradient of one process's part of a tensor, of one and of the other."""
     messages = []
@@ -185,7 +207,8 @@ PHASES = ("start", "forward", "backward", "synchronisation", "step", "truncation
 
 
 SCENARIOS: dict[str, Scenario] = {
-    f.__name__: f for f in (broken_input, broken_part, killed_with_the_store, own_errors)
+    f.__name__: f
+    for f in (broken_input, broken_between, broken_part, killed_with_the_store, own_errors)
 }
 SCENARIOS |= {f"killed in {phase}": killed_in(phase) for phase in PHASES}
 SCENARIOS |= {f"killed with {phase}": killed_with_parts(phase) for phase in ("parts", "index")}
