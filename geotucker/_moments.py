@@ -126,7 +126,8 @@ def regauge(
     """Return the basis parts of a moment for a core that has been stepped since, in the same bases.
 
     ``Kdot_i`` stands for ``Kdot_i Q_i^T``, and Q_i is that of the core. What of it lies outside the
-    row space of the new core's unfolding is no longer tangent and is dropped.
+    row space of the new core's unfolding is no longer tangent and is dropped. The cost does not
+    depend on the n_i but for the product of each part with a matrix of its width.
 
     Parameters
     ----------
@@ -147,7 +148,7 @@ def regauge(
     [(3, 2), (3, 0)]
     """
     return tuple(
-        (part @ old[mode].T) @ new[mode] if mode in old else part for mode, part in enumerate(parts)
+        part @ (old[mode].T @ new[mode]) if mode in old else part for mode, part in enumerate(parts)
     )
 
 

@@ -42,7 +42,7 @@ from geotucker import _ops
 from geotucker._geometry import augment_all, gauge, tangent_core
 
 from ._contract import core_gradient, fold, without_autocast
-from ._lifted import Use
+from ._lifted import Drift, Right, Use
 from ._maps import LayerMap, core_turned, modes_turned
 from ._plan import cheapest
 
@@ -227,8 +227,8 @@ def _lift(
     """Extend the bases by the directions; of layers where these are not finite, nothing happens."""
     points = [layer.point for layer, _, _ in used]
     moved = [
-        _with_drift(directions, layer.extension.drift, layer.loss_scale)
-        for layer, _, directions in used
+        _with_drift(directions, layer.extension.drift, uses[0].right, layer.loss_scale)
+        for layer, uses, directions in used
     ]
     wides = augment_all(points, moved)
     for index, (_, _, directions) in enumerate(used):
@@ -291,12 +291,12 @@ def _use(ctx: Any, g: Tensor, h: Tensor, grad_k_in: Tensor | None) -> Use:
 
 
 def _with_drift(
-    gradients: Sequence[Tensor], drift: Sequence[Tensor] | None, scale: Tensor | float
+    gradients: Sequence[Tensor], drift: Drift | None, right: Right, scale: Tensor | float
 ) -> list[Tensor]:
     """Add what the moments contribute; gradients may be those of a scaled loss."""
-    if drift is None:
+    if drift is None or not drift.fits(right):
         return list(gradients)
-    pairs = zip(gradients, drift, strict=True)
+    pairs = zip(gradients, drift.at(right), strict=True)
     return [d + scale * v if d.shape == v.shape else d for d, v in pairs]
 
 

@@ -7,16 +7,47 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from torch import Tensor
 
 import geotucker as gt
+from geotucker._moments import regauge
 
 if TYPE_CHECKING:
     from ._layers import TuckerModule
     from ._peers import Peers
 
-__all__ = ["Extension", "Lift", "Right", "Use", "Waiting"]
+__all__ = ["Drift", "Extension", "Lift", "Right", "Use", "Waiting"]
 
 
 Right: TypeAlias = Sequence[Tensor | None]
 """The Q_i of ``Mat_i(C)^T = Q_i S_i^T``, of the modes whose bases do not span everything."""
+
+
+class Drift(NamedTuple):
+    """How the moments of an optimizer are about to move the bases.
+
+    Parameters
+    ----------
+    parts : tuple of Tensor, shapes (n_i, r_i)
+        ``Kdot_i``, in the units of the optimizer's gradients.
+    right : Right
+        The Q_i of ``Kdot_i Q_i^T`` that they stand for, those of the core when the bases moved
+        last.
+    """
+
+    parts: tuple[Tensor, ...]
+    right: Right
+
+    def fits(self, right: Right) -> bool:
+        """Tell whether they are of the ranks that these Q_i have; others may have been loaded."""
+        old, new = _by_mode(self.right), _by_mode(right)
+        return all(mode in new and q.shape == new[mode].shape for mode, q in old.items())
+
+    def at(self, right: Right) -> tuple[Tensor, ...]:
+        """Return the parts that stand for the same, as far as it is tangent, with other Q_i."""
+        return regauge(self.parts, _by_mode(self.right), _by_mode(right))
+
+
+def _by_mode(right: Right) -> dict[int, Tensor]:
+    """Return the Q_i that there are by their modes."""
+    return {mode: q for mode, q in enumerate(right) if q is not None}
 
 
 class Extension(NamedTuple):
@@ -26,12 +57,12 @@ class Extension(NamedTuple):
     ----------
     galerkin : bool
         Whether the gradient of the wider core is the whole one or a tangent vector.
-    drift : tuple of Tensor, shapes (n_i, r_i), optional
-        What the optimizer's moments add to the directions, in the units of its gradients.
+    drift : Drift, optional
+        What the optimizer's moments add to the directions.
     """
 
     galerkin: bool = True
-    drift: tuple[Tensor, ...] | None = None
+    drift: Drift | None = None
 
 
 class Use(NamedTuple):

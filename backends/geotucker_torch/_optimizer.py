@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import geotucker as gt
-from geotucker._geometry import gauge, right_bases_of
+from geotucker import _ops
+from geotucker._geometry import right_bases_of
 from geotucker._hosvd import follow
 from geotucker._integrators._base import observed
 from geotucker._ranks import Sensitivities
@@ -23,7 +24,7 @@ from ._finite import Largest, Verdict, check_finite, largest_of
 from ._guard import Before, restored_if_it_fails
 from ._history import RankHistory
 from ._layers import TuckerModule
-from ._lifted import Extension, Lift, Right, Waiting
+from ._lifted import Drift, Extension, Lift, Right, Waiting
 from ._peers import Peers, group_of, is_joint
 from ._point import orthonormal
 from ._rules import Rules, flops_of
@@ -34,8 +35,6 @@ from ._state import (
     drift,
     has_moments,
     lift_state,
-    mark_core,
-    regauge_states,
     right_of,
 )
 
@@ -420,8 +419,6 @@ class TDLRT(Optimizer):
                 largest = self._largest_gradients()  # which asks for those of tensors in parts
             right |= self._settle(slots)
             before = [slot.core.detach().clone() for slot in slots]
-            for slot, core in zip(slots, before, strict=True):
-                mark_core(self.state.get(slot.core, {}), core)
             self.wrapped.step()
             if self.match_rms:
                 self._scale_steps(slots, previous, before)
@@ -483,16 +480,13 @@ class TDLRT(Optimizer):
     def _arm(self) -> None:
         """Have our own layers extend their bases in the next backward pass, or not."""
         armed = self.one_pass and self._moves_bases
-        if self._moves_bases:
-            states = [self.state.get(slot.core, {}) for slot in self._slots]
-            regauge_states(states, [slot.point for slot in self._slots])
         for slot in self._slots:
             if slot.layer is not None:
                 moving = self._drift(slot) if armed else None
                 slot.layer.armed = armed
                 slot.layer.extension = Extension(self.integrator == "tdlrt", moving)
 
-    def _drift(self, slot: Slot) -> tuple[Tensor, ...] | None:
+    def _drift(self, slot: Slot) -> Drift | None:
         """Return how the moments of a core are about to move its bases."""
         state = self.state.get(slot.core)
         if not state:
@@ -554,29 +548,30 @@ class TDLRT(Optimizer):
             for parameter in group["params"]:
                 parameter.grad = None
         old = [slot.point for slot in used]
+        found = {slot.name: right_of(point) for slot, point in zip(used, old, strict=True)}
         wide: Sequence[Any] = [
-            gt.augment(point, self._with_drift(slot, point, directions))
+            gt.augment(point, self._with_drift(slot, point, directions, found[slot.name]))
             for slot, point, directions in zip(used, old, gradients, strict=True)
         ]
         if self.peers is not None:
             wide = self.peers.common(wide)
-        found: dict[str, Right] = {}
         for slot, before, after in zip(used, old, wide, strict=True):
-            found[slot.name] = right_of(before)
             slot.write(after)
             self._lift_state(slot, before, found[slot.name])
         return found
 
     def _with_drift(
-        self, slot: Slot, point: gt.TuckerPoint, gradients: Sequence[Any]
+        self, slot: Slot, point: gt.TuckerPoint, gradients: Sequence[Any], right: Right
     ) -> Sequence[Any]:
         """Add what the moments contribute, in the units of grad_{U_i} = (grad_{K_i}) S_i^T."""
         moving = self._drift(slot)
         if moving is None:
             return gradients
-        s = [gauge(point.core, mode)[1] for mode in range(point.order)]
-        pairs = zip(gradients, moving, s, strict=True)
-        return [d + v[:, : t.shape[1]] @ t.T for d, v, t in pairs]
+        s = [
+            None if q is None else _ops.unfold(point.core, mode) @ q for mode, q in enumerate(right)
+        ]
+        pairs = zip(gradients, moving.at(right), s, strict=True)
+        return [d if t is None else d + v @ t.T for d, v, t in pairs]
 
     def _follow(
         self, moves: "Sequence[_Move]", right: Mapping[str, Right]

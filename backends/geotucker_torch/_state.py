@@ -2,9 +2,9 @@
 
 The part of a linear moment in the core's coordinates stays where the optimizer keeps it; the
 part that moves the bases lies beside it, in ``state[core]["tangent"]``: by name of the moment, one
-tensor of shape (n_i, r_i) per mode (see `geotucker._moments`). It is in the gauge of the core; in
-steps between two changes of bases the core moves alone, and then the entry ``"core"`` beside it is
-the one whose gauge that is.
+tensor ``Kdot_i`` of shape (n_i, r_i) per mode (see `geotucker._moments`). They stand for
+``Kdot_i Q_i^T`` with the Q_i that lie beside them as ``"right"``, those of the core when the bases
+moved last: in the steps after that the core moves alone.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,9 +15,9 @@ from torch import Tensor
 
 import geotucker as gt
 from geotucker._geometry import right_bases_of
-from geotucker._moments import carry, lift, lift_squares, regauge, rotate_squares, zero
+from geotucker._moments import carry, lift, lift_squares, rotate_squares, zero
 
-from ._lifted import Right
+from ._lifted import Drift, Right
 
 __all__ = [
     "TANGENT",
@@ -25,13 +25,11 @@ __all__ = [
     "drift",
     "has_moments",
     "lift_state",
-    "mark_core",
-    "regauge_states",
     "right_of",
 ]
 
 TANGENT = "tangent"
-_CORE = "core"
+_RIGHT = "right"
 # Second moments of torch.optim, which have no exact transport (see geotucker._moments).
 _SECOND = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta", "exp_inf"}
 # Bound to coordinates: means nothing in other bases.
@@ -42,22 +40,20 @@ _FORGOTTEN = {"grad_avg"}
 
 
 def lift_state(
-    state: dict[str, Any],
-    point: gt.TuckerPoint,
-    wide: gt.TuckerPoint,
-    right: Right | None = None,
+    state: dict[str, Any], point: gt.TuckerPoint, wide: gt.TuckerPoint, right: Right
 ) -> dict[str, Any]:
     """Return the state for the core of ``wide = augment(point, ...)``; `right` as in `lift`.
 
     Linear moments are written in the wide bases, second ones get means; if any tensor has another
     shape than the core the whole state is reset: it cannot be carried.
     """
-    tangent = state.get(TANGENT, {})
 
     def lifted(key: str, moment: Tensor) -> Tensor:
         if key in _SECOND:
             return lift_squares(moment, wide.ranks)
-        return lift(point, wide, gt.TuckerTangent(moment, tangent.get(key, zero(point))), right)
+        own = _drift(state, key)
+        parts = zero(point) if own is None else own.at(right)
+        return lift(point, wide, gt.TuckerTangent(moment, parts), right)
 
     return _mapped(state, point.ranks, lifted)
 
@@ -66,7 +62,7 @@ def carry_state(
     state: dict[str, Any], wide: gt.TuckerPoint, cut: gt.Truncation, right: Mapping[int, Tensor]
 ) -> dict[str, Any]:
     """Return the state for the truncation `cut` of `wide`; `right` as in `carry`."""
-    tangent: dict[str, tuple[Tensor, ...]] = {}
+    tangent: dict[str, tuple[Tensor | None, ...]] = {}
 
     def carried(key: str, moment: Tensor) -> Tensor:
         if key in _SECOND:
@@ -76,33 +72,11 @@ def carry_state(
         return part.core
 
     mapped = _mapped(state, wide.ranks, carried)
-    return {**mapped, TANGENT: tangent} if mapped and tangent else mapped
-
-
-def mark_core(state: dict[str, Any], core: Tensor) -> None:
-    """Remember the core that the basis parts belong to, before it is stepped: a copy of it."""
-    tangent = state.get(TANGENT)
-    if tangent and _CORE not in tangent:
-        tangent[_CORE] = (core,)
-
-
-def regauge_states(states: Sequence[dict[str, Any]], points: Sequence[gt.TuckerPoint]) -> None:
-    """Bring the basis parts into the gauges of the present cores, which may have been stepped."""
-    stepped = [
-        (state[TANGENT], point)
-        for state, point in zip(states, points, strict=True)
-        if _CORE in state.get(TANGENT, {})
-    ]
-    cores = [
-        (core, _incomplete(point))
-        for tangent, point in stepped
-        for core in (*tangent.pop(_CORE), point.core)
-    ]
-    right = iter(right_bases_of(cores))
-    for tangent, _ in stepped:
-        old, new = next(right), next(right)
-        for key, parts in tangent.items():
-            tangent[key] = regauge(parts, old, new)
+    if not (mapped and tangent):
+        return mapped
+    # Where a basis lost nothing its parts are zero, in any gauge.
+    bases = tuple(right.get(mode) for mode in range(wide.order))
+    return {**mapped, TANGENT: {**tangent, _RIGHT: bases}}
 
 
 def _incomplete(point: gt.TuckerPoint) -> list[int]:
@@ -121,7 +95,7 @@ def has_moments(state: Mapping[str, Any]) -> bool:
     return any(torch.is_tensor(value) and value.dim() for value in state.values())
 
 
-def drift(state: Mapping[str, Any], group: Mapping[str, Any]) -> tuple[Tensor, ...] | None:
+def drift(state: Mapping[str, Any], group: Mapping[str, Any]) -> Drift | None:
     """Return how the moments are about to move the bases, in the units of a gradient.
 
     With SGD's momentum the next velocity is ``momentum * v + gradient``, with Adam's it is
@@ -131,11 +105,19 @@ def drift(state: Mapping[str, Any], group: Mapping[str, Any]) -> tuple[Tensor, .
     tangent = state.get(TANGENT, {})
     if "momentum_buffer" in tangent and "square_avg" not in state:
         weight = group["momentum"] / (1.0 - group.get("dampening", 0.0))
-        return tuple(weight * part for part in tangent["momentum_buffer"])
+        return _drift(state, "momentum_buffer", weight)
     if "exp_avg" in tangent and "betas" in group:
         beta = group["betas"][0]
-        return tuple(beta / (1.0 - beta) * part for part in tangent["exp_avg"])
+        return _drift(state, "exp_avg", beta / (1.0 - beta))
     return None
+
+
+def _drift(state: Mapping[str, Any], key: str, weight: float = 1.0) -> Drift | None:
+    """Return the basis parts of a moment; None if it has none."""
+    tangent = state.get(TANGENT, {})
+    if key not in tangent:
+        return None
+    return Drift(tuple(weight * part for part in tangent[key]), tangent[_RIGHT])
 
 
 def _mapped(

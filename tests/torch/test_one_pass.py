@@ -438,11 +438,13 @@ def test_momentum_of_the_bases_outlasts_steps_of_the_cores():
 
     (q_old, before), (q_new, after) = step(), step()
     assert not torch.allclose(q_old[0], q_new[0])
-    parts = before["momentum_buffer"], after["momentum_buffer"]
-    for old, new, b, c in zip(*parts, q_old, q_new, strict=True):
+    torch.testing.assert_close(after["right"], before["right"], rtol=0, atol=0)
+    parts = after["momentum_buffer"], layer.extension.drift.at(q_new)
+    for old, new, b, c, q in zip(*parts, q_old, q_new, after["right"], strict=True):
         assert old.abs().max() > 0
-        torch.testing.assert_close(new @ c.T, old @ b.T @ c @ c.T, rtol=0, atol=1e-12)
-    assert list(after) == ["momentum_buffer"]
+        torch.testing.assert_close(q, b, rtol=0, atol=1e-12)
+        torch.testing.assert_close(new @ c.T, 0.9 * old @ b.T @ c @ c.T, rtol=0, atol=1e-12)
+    assert sorted(after) == ["momentum_buffer", "right"]
 
 
 def test_bases_move_in_every_step_at_first_and_then_in_every_second(monkeypatch):
