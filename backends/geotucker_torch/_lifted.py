@@ -59,10 +59,14 @@ class Extension(NamedTuple):
         Whether the gradient of the wider core is the whole one or a tangent vector.
     drift : Drift, optional
         What the optimizer's moments add to the directions.
+    ask : bool
+        Whether the device is asked if all went well, for which the host waits. Without that bases
+        are extended by directions that are not finite, too, as if they were zero.
     """
 
     galerkin: bool = True
     drift: Drift | None = None
+    ask: bool = True
 
 
 class Use(NamedTuple):

@@ -4,7 +4,7 @@ import math
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from geotucker._ranks import Sensitivities
 
 from ._collectives import phase
 from ._finite import Largest, Verdict, check_finite, largest_of
-from ._guard import Before, restored_if_it_fails
+from ._guard import restored_if_it_fails
 from ._history import RankHistory
 from ._layers import TuckerModule
 from ._lifted import Drift, Extension, Lift, Right, Waiting
@@ -96,11 +96,12 @@ class TDLRT(Optimizer):
         Whether layers of this package extend their bases in their own backward pass. False: by
         two calls of a closure, as published, which gives the result of "tdlrt".
     late_check : bool, optional
-        Whether a step between changes of the bases leaves it to the next step to tell that a
+        Whether a step that leaves the ranks as they are leaves it to the next step to tell that a
         gradient was not finite, so that nobody waits for the device: see *All or nothing*. By
         default on CUDA devices; True does so on the CPU as well. Where a step cannot be taken back
         by one device alone it is told at once: with gradients on several devices or in parts on
-        several processes, in the first step, and by optimizers that keep other things than tensors.
+        several processes, in the first step, and by optimizers that keep other things than tensors;
+        and so it is where bases move by a rule, in modules of other kinds or on many processes.
     process_group : torch.distributed.ProcessGroup, optional
         The processes that train this model together, each with batches of its own; by default all
         of them, if torch.distributed is initialised. A group of one process trains alone.
@@ -423,7 +424,10 @@ class TDLRT(Optimizer):
             if self.match_rms:
                 self._scale_steps(slots, previous, before)
             cores = [(f"{slot.name}.core after the step", slot.core) for slot in slots]
-            self._check([*largest, *largest_of(cores)], start)
+            largest += largest_of(cores)
+            late = self._is_late(largest)
+            if not late:
+                check_finite(largest)
             if self._moves_bases:
                 self._tell("truncation")
                 bases = -time.perf_counter()
@@ -435,6 +439,12 @@ class TDLRT(Optimizer):
                 bases += time.perf_counter()
                 if self.peers is not None:
                     self.peers.agree(self.state)
+            if late:
+                changes = start.changes()
+                if changes is None:
+                    check_finite(largest)
+                else:
+                    self._verdict = Verdict(largest, changes)
             self._steps += 1
             self._left, self._sensitivities = self.ranks, sensitivities
             self._history = self._history.after(self._steps, self._left)
@@ -480,11 +490,12 @@ class TDLRT(Optimizer):
     def _arm(self) -> None:
         """Have our own layers extend their bases in the next backward pass, or not."""
         armed = self.one_pass and self._moves_bases
+        ask = not self._may_be_late(slot.core.device for slot in self._slots)
         for slot in self._slots:
             if slot.layer is not None:
                 moving = self._drift(slot) if armed else None
                 slot.layer.armed = armed
-                slot.layer.extension = Extension(self.integrator == "tdlrt", moving)
+                slot.layer.extension = Extension(self.integrator == "tdlrt", moving, ask)
 
     def _drift(self, slot: Slot) -> Drift | None:
         """Return how the moments of a core are about to move its bases."""
@@ -628,17 +639,20 @@ class TDLRT(Optimizer):
             if slot.settled_ranks != self._left[slot.name]:
                 self.state.pop(slot.core, None)
 
-    def _check(self, largest: Sequence[Largest], start: Before) -> None:
-        """Raise unless the step was finite; or have the device take it back, and raise later."""
+    def _is_late(self, largest: Sequence[Largest]) -> bool:
+        """Whether it is left to the device to take the step back, should it not be finite."""
         devices = {one.magnitude.device for one in largest}
+        return len(devices) == 1 and self._may_be_late(devices)
+
+    def _may_be_late(self, devices: Iterable[torch.device]) -> bool:
+        """Whether these devices are left alone, in a step like the coming one."""
         late = self.late_check is None or self.late_check
         allowed = {"cuda"} if self.late_check is None else {"cuda", "cpu"}
-        late = late and len(devices) == 1 and {device.type for device in devices} <= allowed
-        changes = start.changes() if late and not self._moves_bases else None
-        if changes is None:
-            check_finite(largest)
-        else:
-            self._verdict = Verdict(largest, changes)
+        # Rules ask for singular values, and processes that train together for checksums.
+        fixed = self.one_pass and self.peers is None and not self._rules.rules
+        fixed = fixed and all(slot.layer is not None for slot in self._slots)
+        late = late and (fixed or not self._moves_bases)
+        return late and {device.type for device in devices} <= allowed
 
     def _largest_gradients(self) -> list[Largest]:
         """Return the largest magnitudes of all gradients that would be used."""
