@@ -84,6 +84,9 @@ def sensitivity(folder: Path) -> Figure:
         panel.plot(range(len(ends)), column(ends, "test_accuracy"), "o-", color=BLUE)
         panel.set_xticks(range(len(ends)), values, rotation=30 if name == "optimizer" else 0)
         panel.set(title=name, ylim=(94, 99.5))
+        for i, row in enumerate(ends):
+            if row["test_accuracy"] == "nan":
+                label(panel, i, 94.0, "diverges", GREY, xytext=(0, 4), ha="center", rotation=90)
         if name == "tolerance":  # the only one that leads to other sizes
             for i, row in enumerate(ends):
                 share = int(row["parameters"]) / 431_080

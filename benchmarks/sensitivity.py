@@ -33,7 +33,7 @@ KEPT = 0.05
 RECIPE = Recipe(epochs=3, rate=0.05, momentum=0.9)
 VALUES: dict[str, tuple[Any, ...]] = {
     "learning rate": (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2),
-    "tolerance": (0.01, 0.05, 0.1, 0.2, 0.3, 0.4),
+    "tolerance": (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7),
     "initial size": (0.05, 0.1, 0.2, 0.4, 0.8),  # share of the dense parameters
     "weight decay": (0.0, 1e-5, 1e-4, 1e-3, 1e-2),
     "basis_every": (1, 2, 5, 10, 20),
