@@ -86,12 +86,15 @@ def sensitivity(folder: Path) -> Figure:
         panel.set(title=name, ylim=(94, 99.5))
         for i, row in enumerate(ends):
             if row["test_accuracy"] == "nan":
-                label(panel, i, 94.0, "diverges", GREY, xytext=(0, 4), ha="center", rotation=90)
+                place = {"xytext": (0, 4), "ha": "center", "va": "bottom", "rotation": 90}
+                label(panel, i, 94.0, "diverges", GREY, **place)
         if name == "tolerance":  # the only one that leads to other sizes
             for i, row in enumerate(ends):
                 share = int(row["parameters"]) / 431_080
                 y = float(row["test_accuracy"])
-                label(panel, i, y, f"{share:.1%}", GREY, xytext=(0, -9), ha="center")
+                label(
+                    panel, i, max(y, 94.6), f"{100 * share:.0f}%", GREY, xytext=(0, -9), ha="center"
+                )
     return figure
 
 
