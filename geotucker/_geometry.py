@@ -234,19 +234,18 @@ def augment(point: TuckerPoint, directions: Sequence[Array]) -> TuckerPoint:
 
 
 def augment_all(
-    points: Sequence[TuckerPoint], directions: Sequence[Sequence[Array]], ask: bool = True
+    points: Sequence[TuckerPoint], directions: Sequence[Sequence[Array]]
 ) -> list[TuckerPoint | None]:
     """Return `augment` of all points together; None where something is not finite.
 
-    Bases of like shapes are extended at once. The device is asked once whether all went well, or
-    not at all (see `extend`): then there is no None.
+    Bases of like shapes are extended at once, and the device is asked once whether all went well.
     """
     rows = [
         (u, d)
         for point, own in zip(points, directions, strict=True)
         for u, d in zip(point.factors, own, strict=True)
     ]
-    extended = iter(extend(rows, ask))
+    extended = iter(extend(rows))
     wides: list[TuckerPoint | None] = []
     for point in points:
         core, factors = point.core, []
@@ -264,7 +263,6 @@ def augment_all(
 
 def extend(
     rows: Sequence[tuple[Array, Array]],  # shapes: (n, r) and (n, k)
-    ask: bool = True,
 ) -> list[tuple[Array, Array | None] | None]:  # shapes: (n, m) and (r, r), m = min(n, r + k)
     """Return, for each basis and directions, orthonormal Q with ``basis = Q[:, :r] R``.
 
@@ -276,14 +274,8 @@ def extend(
     al. 2005). Where they are dependent, Householder's Q completes them by columns that need not
     be orthogonal to the basis; then ``[basis | directions]`` is decomposed as a whole. So is a
     basis that has drifted by rounding.
-
-    Whether they are has to be asked of the device, which makes the host wait. Without that they are
-    made independent by a blur of a hundred units of rounding, what drifts is corrected where it
-    is, and what is not finite counts as zero.
     """
     rows = [(u, d[:, : _ops.shape(u)[0] - _ops.shape(u)[1]]) for u, d in rows]
-    if not ask:
-        return [(q, None) for (q,) in _ops.batched(_beside_unasked, rows)]
     candidates = _ops.batched(_beside, rows)
     deviations = _ops.floats([deviation for _, deviation in candidates])
     limits = [4 * math.sqrt(_ops.shape(u)[0]) * _ops.eps(u) for u, _ in rows]
@@ -311,33 +303,11 @@ def _beside(basis: Array, directions: Array) -> tuple[Array, Array]:
         # Where the triangle is ill-conditioned the columns lean towards the basis. What that was
         # is missing after the second projection, to second order, and to fourth after this step
         # of Newton and Schulz.
-        new = _nearer(_beyond(basis, new))
+        new = _beyond(basis, new)
+        new = 1.5 * new - 0.5 * (new @ (_ops.transpose(new) @ new))
         q = _ops.concatenate([basis, new], -1)
     error = _ops.transpose(q) @ q - _ops.eye(_ops.shape(q)[-1], like=basis)
     return q, _ops.max_abs(_ops.max_abs(error, axis=-1), axis=-1)
-
-
-def _beside_unasked(basis: Array, directions: Array) -> tuple[Array]:
-    """Set an orthonormal basis of what is new in any directions beside the basis."""
-    rows, columns = _ops.shape(directions)[-2:]
-    if 2 * columns > rows - _ops.shape(basis)[-1]:  # little room: the blur would be too small
-        return _decompose_whole(basis, _ops.finite_or_zero(_scaled(directions)))[:1]
-    basis = _nearer(basis)
-    if not columns:
-        return (basis,)
-    blur = 100 * _ops.eps(basis) * _ops.scattered(rows, columns, like=basis)
-    new = _ops.finite_or_zero(_scaled(directions)) + blur
-    new = _beyond(basis, _ops.qr(_beyond(basis, new))[0])
-    # Where they are of the blur alone the columns have leant towards the basis, by parts in a
-    # hundred, and were shortened.
-    for _ in range(3):
-        new = _nearer(new)
-    return (_ops.concatenate([basis, new], -1),)
-
-
-def _nearer(columns: Array) -> Array:
-    """Return columns nearer to orthonormal, by a step of Newton and Schulz: errors are squared."""
-    return 1.5 * columns - 0.5 * (columns @ (_ops.transpose(columns) @ columns))
 
 
 def _beyond(basis: Array, columns: Array) -> Array:

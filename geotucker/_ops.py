@@ -211,20 +211,6 @@ def eye(size: int, like: Array) -> Array:
     return backend.eye(size, **context)
 
 
-def scattered(rows: int, columns: int, like: Array) -> Array:
-    """Return numbers in [-1, 1] without a pattern, always the same, formed on the device."""
-    backend = _backend(like)
-    down = backend.cumsum(zeros((rows, 1), like=like) + 1.618, 0)
-    along = backend.cumsum(zeros((1, columns), like=like) + 1.0, 1)
-    return backend.cos(down * along)
-
-
-def finite_or_zero(array: Array) -> Array:
-    """Return an array with zeros for what is not finite."""
-    backend = _backend(array)
-    return backend.where(backend.abs(array) < math.inf, array, zeros((1,), like=array))
-
-
 def eps(array: Array) -> float:
     """Return the distance from 1 to the next number of the array's dtype."""
     return _EPS[dtype_name(array)]

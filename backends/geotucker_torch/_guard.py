@@ -39,13 +39,6 @@ class Before:
         self._points = [slot.point for slot in slots]
         self._layers = [slot.layer for slot in slots if slot.layer is not None]
         self._lifts = [layer.lift_state() for layer in self._layers]
-        # Of lifted tensors what they are without the lift, in memory that nobody writes any more.
-        self._narrow: dict[Tensor, Tensor] = {}
-        for slot in slots:
-            if slot.layer is not None and slot.layer.narrow is not None:
-                narrow = slot.layer.settled_point
-                parameters = slot.core, *slot.factors
-                self._narrow |= zip(parameters, (narrow.core, *narrow.factors), strict=True)
         self._gradients = {p: p.grad for slot in slots for p in (slot.core, *slot.factors)}
         factors = {factor for slot in slots for factor in slot.factors}
         stepped = [p for group in optimizer.param_groups for p in group["params"]]
@@ -75,19 +68,16 @@ class Before:
             group.update(settings)
 
     def changes(self) -> list[tuple[Tensor, Tensor]] | None:
-        """Return each tensor that a step has written, with what was in it, lifts undone.
+        """Return each tensor that a step of the cores writes, with what was in it.
 
-        None if there is more to a way back than these: ranks have changed, the state is new, holds
-        other things than plain tensors that have changed, or tensors that share memory; or the step
-        has changed a setting in a parameter group.
+        None if there is more to a way back than these: the state is new, holds other things than
+        plain tensors that have changed, or tensors that share memory; or the step has changed a
+        setting in a parameter group.
         """
         state, groups = self._optimizer.state, self._optimizer.param_groups
         if set(state) != set(self._state) or len(groups) != len(self._settings):
             return None
-        pairs: list[tuple[Any, Any]] = [
-            (p.detach(), value) for p, value in self._values.items() if p not in self._narrow
-        ]
-        pairs += [(p.detach(), value) for p, value in self._narrow.items()]
+        pairs: list[tuple[Any, Any]] = [(p.detach(), value) for p, value in self._values.items()]
         entries = [(state[parameter], entry) for parameter, entry in self._state.items()]
         for now, before in chain(entries, zip(groups, self._settings, strict=True)):
             pairs += _differences(now, before)
@@ -127,7 +117,8 @@ def _differences(now: Any, before: Any) -> Iterator[tuple[Any, Any]]:
     alike = type(now) is type(before)
     if alike and isinstance(now, dict) and now.keys() == before.keys():
         for key in now:
-            yield from _differences(now[key], before[key])
+            if key != TANGENT:  # made anew where bases change
+                yield from _differences(now[key], before[key])
     elif alike and isinstance(now, (list, tuple)) and len(now) == len(before):
         for pair in zip(now, before, strict=True):
             yield from _differences(*pair)

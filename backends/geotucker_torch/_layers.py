@@ -439,7 +439,7 @@ class TuckerModule(nn.Module):
         """Take a lift back that no step has used, and its gradient; the weight is unchanged."""
         self._lift.forget_uses()
         if self.narrow is not None:
-            write_point(self.core, self.factors, self.narrow)
+            write_point(self.core, self.factors, self.settled_point)
             self.narrow, self.right, self.armed = None, None, self._lift.moving
 
     def extra_repr(self) -> str:

@@ -230,7 +230,7 @@ def _lift(
         _with_drift(directions, layer.extension.drift, uses[0].right, layer.loss_scale)
         for layer, uses, directions in used
     ]
-    wides = augment_all(points, moved, any(layer.extension.ask for layer, _, _ in used))
+    wides = augment_all(points, moved)
     for index, (_, _, directions) in enumerate(used):
         if wides[index] is None:  # the drift of a scaled loss may have overflown
             (wides[index],) = augment_all([points[index]], [directions])

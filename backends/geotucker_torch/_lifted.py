@@ -59,14 +59,10 @@ class Extension(NamedTuple):
         Whether the gradient of the wider core is the whole one or a tangent vector.
     drift : Drift, optional
         What the optimizer's moments add to the directions.
-    ask : bool
-        Whether the device is asked if all went well, for which the host waits. Without that bases
-        are extended by directions that are not finite, too, as if they were zero.
     """
 
     galerkin: bool = True
     drift: Drift | None = None
-    ask: bool = True
 
 
 class Use(NamedTuple):
@@ -127,7 +123,8 @@ class Lift:
         One that is copied together with its model tells the copy what is to be.
         """
         of_optimizer = {"moving": False, "peers": None, "armed": False, "uses": 0, "waiting": {}}
-        return {**self.__dict__, **of_optimizer}
+        # Versions of copied parameters begin anew, and a copy is anybody's to write into.
+        return {**self.__dict__, **of_optimizer, "version": -1}
 
     def forget_uses(self) -> None:
         """Start to count again, and drop what a backward pass that has failed left behind."""

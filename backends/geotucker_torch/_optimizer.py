@@ -4,7 +4,7 @@ import math
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from geotucker._ranks import Sensitivities
 
 from ._collectives import phase
 from ._finite import Largest, Verdict, check_finite, largest_of
-from ._guard import restored_if_it_fails
+from ._guard import Before, restored_if_it_fails
 from ._history import RankHistory
 from ._layers import TuckerModule
 from ._lifted import Drift, Extension, Lift, Right, Waiting
@@ -32,6 +32,7 @@ from ._scale import moving_entries, normalises, scale_step
 from ._slots import Slot, find_slots
 from ._state import (
     carry_state,
+    check_tangents,
     drift,
     has_moments,
     lift_state,
@@ -96,12 +97,11 @@ class TDLRT(Optimizer):
         Whether layers of this package extend their bases in their own backward pass. False: by
         two calls of a closure, as published, which gives the result of "tdlrt".
     late_check : bool, optional
-        Whether a step that leaves the ranks as they are leaves it to the next step to tell that a
+        Whether a step between changes of the bases leaves it to the next step to tell that a
         gradient was not finite, so that nobody waits for the device: see *All or nothing*. By
         default on CUDA devices; True does so on the CPU as well. Where a step cannot be taken back
         by one device alone it is told at once: with gradients on several devices or in parts on
-        several processes, in the first step, and by optimizers that keep other things than tensors;
-        and so it is where bases move by a rule, in modules of other kinds or on many processes.
+        several processes, in the first step, and by optimizers that keep other things than tensors.
     process_group : torch.distributed.ProcessGroup, optional
         The processes that train this model together, each with batches of its own; by default all
         of them, if torch.distributed is initialised. A group of one process trains alone.
@@ -324,6 +324,7 @@ class TDLRT(Optimizer):
             scales = {name: float(scale) for name, scale in own["loss_scales"].items()}
             sensitivities = Sensitivities.of_state(own["sensitivities"])
             _check_shapes(state_dict, self.wrapped, self._slots)
+            check_tangents(state_dict["state"].values())
         except (AttributeError, LookupError, TypeError) as error:
             raise ValueError(
                 f"state_dict: expected what TDLRT.state_dict returns, got {error!r}"
@@ -343,22 +344,26 @@ class TDLRT(Optimizer):
         """Return everything, for copies and pickles."""
         if self._verdict is not None:
             self._verdict.hear()
-        lifts = [slot.layer.lift_state() for slot in self._slots if slot.layer is not None]
-        return {**self.__dict__, "_verdict": None, "_lifts": lifts}  # the verdict is told here
+        lifts = [layer.lift_state() for layer in _layers(self._slots)]
+        own = {**self.__dict__, "_verdict": None, "_lifts": lifts}  # the verdict is told here
+        own.pop("step", None)  # a scheduler has wrapped it, and would step this one
+        return own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take everything, and move the bases of the copied model from now on."""
         lifts = state.pop("_lifts")
         super().__setstate__(state)
-        self._disarm_at_the_end(_share_lifts(self._slots))
-        layers = (slot.layer for slot in self._slots if slot.layer is not None)
-        for layer, lift in zip(layers, lifts, strict=True):
-            layer.restore_lift(lift)
+        layers = _layers(self._slots)
+        # A shallow copy has the layers of the other; of a layer that holds its optimizer nothing
+        # but the object is there yet.
+        if all("_lift" in vars(layer) and not layer._lift.moving for layer in layers):
+            self._disarm_at_the_end(_share_lifts(self._slots))
+            for layer, lift in zip(layers, lifts, strict=True):
+                layer.restore_lift(lift)
 
     def _disarm_at_the_end(self, waiting: Waiting) -> None:
         """Have layers extend nothing when this optimizer is gone: nobody would truncate it."""
-        layers = [slot.layer for slot in self._slots if slot.layer is not None]
-        weakref.finalize(self, _disarm, layers, waiting, self.peers)
+        weakref.finalize(self, _disarm, _layers(self._slots), waiting, self.peers)
 
     def __repr__(self) -> str:
         """Show the wrapped optimizer and the rank rules."""
@@ -424,10 +429,7 @@ class TDLRT(Optimizer):
             if self.match_rms:
                 self._scale_steps(slots, previous, before)
             cores = [(f"{slot.name}.core after the step", slot.core) for slot in slots]
-            largest += largest_of(cores)
-            late = self._is_late(largest)
-            if not late:
-                check_finite(largest)
+            self._check([*largest, *largest_of(cores)], start)
             if self._moves_bases:
                 self._tell("truncation")
                 bases = -time.perf_counter()
@@ -439,12 +441,6 @@ class TDLRT(Optimizer):
                 bases += time.perf_counter()
                 if self.peers is not None:
                     self.peers.agree(self.state)
-            if late:
-                changes = start.changes()
-                if changes is None:
-                    check_finite(largest)
-                else:
-                    self._verdict = Verdict(largest, changes)
             self._steps += 1
             self._left, self._sensitivities = self.ranks, sensitivities
             self._history = self._history.after(self._steps, self._left)
@@ -490,12 +486,11 @@ class TDLRT(Optimizer):
     def _arm(self) -> None:
         """Have our own layers extend their bases in the next backward pass, or not."""
         armed = self.one_pass and self._moves_bases
-        ask = not self._may_be_late(slot.core.device for slot in self._slots)
         for slot in self._slots:
             if slot.layer is not None:
                 moving = self._drift(slot) if armed else None
                 slot.layer.armed = armed
-                slot.layer.extension = Extension(self.integrator == "tdlrt", moving, ask)
+                slot.layer.extension = Extension(self.integrator == "tdlrt", moving)
 
     def _drift(self, slot: Slot) -> Drift | None:
         """Return how the moments of a core are about to move its bases."""
@@ -639,20 +634,17 @@ class TDLRT(Optimizer):
             if slot.settled_ranks != self._left[slot.name]:
                 self.state.pop(slot.core, None)
 
-    def _is_late(self, largest: Sequence[Largest]) -> bool:
-        """Whether it is left to the device to take the step back, should it not be finite."""
+    def _check(self, largest: Sequence[Largest], start: Before) -> None:
+        """Raise unless the step was finite; or have the device take it back, and raise later."""
         devices = {one.magnitude.device for one in largest}
-        return len(devices) == 1 and self._may_be_late(devices)
-
-    def _may_be_late(self, devices: Iterable[torch.device]) -> bool:
-        """Whether these devices are left alone, in a step like the coming one."""
         late = self.late_check is None or self.late_check
         allowed = {"cuda"} if self.late_check is None else {"cuda", "cpu"}
-        # Rules ask for singular values, and processes that train together for checksums.
-        fixed = self.one_pass and self.peers is None and not self._rules.rules
-        fixed = fixed and all(slot.layer is not None for slot in self._slots)
-        late = late and (fixed or not self._moves_bases)
-        return late and {device.type for device in devices} <= allowed
+        late = late and len(devices) == 1 and {device.type for device in devices} <= allowed
+        changes = start.changes() if late and not self._moves_bases else None
+        if changes is None:
+            check_finite(largest)
+        else:
+            self._verdict = Verdict(largest, changes)
 
     def _largest_gradients(self) -> list[Largest]:
         """Return the largest magnitudes of all gradients that would be used."""
@@ -683,6 +675,11 @@ def _trained_slots(model: nn.Module, optimizer: Optimizer) -> list[Slot]:
             "found none; call factorize(model) first and build the optimizer on its parameters"
         )
     return slots
+
+
+def _layers(slots: Sequence[Slot]) -> list[TuckerModule]:
+    """Return the layers of this package, one for each of their tensors."""
+    return [slot.layer for slot in slots if slot.layer is not None]
 
 
 def _share_lifts(slots: Sequence[Slot]) -> Waiting:

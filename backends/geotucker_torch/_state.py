@@ -7,7 +7,7 @@ tensor ``Kdot_i`` of shape (n_i, r_i) per mode (see `geotucker._moments`). They 
 moved last: in the steps after that the core moves alone.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from ._lifted import Drift, Right
 __all__ = [
     "TANGENT",
     "carry_state",
+    "check_tangents",
     "drift",
     "has_moments",
     "lift_state",
@@ -75,8 +76,22 @@ def carry_state(
     if not (mapped and tangent):
         return mapped
     # Where a basis lost nothing its parts are zero, in any gauge.
-    bases = tuple(right.get(mode) for mode in range(wide.order))
-    return {**mapped, TANGENT: {**tangent, _RIGHT: bases}}
+    bases = [right.get(mode) for mode in range(wide.order)]
+    # Contiguous, as they come out of a file: products of other strides are rounded otherwise.
+    own = tuple(q if q is None else q.contiguous() for q in bases)
+    return {**mapped, TANGENT: {**tangent, _RIGHT: own}}
+
+
+def check_tangents(states: Iterable[Any]) -> None:
+    """Raise ValueError if basis parts of moments lack the Q_i that they are written with."""
+    for state in states:
+        tangent = state.get(TANGENT) if isinstance(state, Mapping) else None
+        if tangent and _RIGHT not in tangent:
+            raise ValueError(
+                f"state_dict: expected {_RIGHT!r} beside the basis parts of moments, got only "
+                f"{sorted(tangent)}; it was saved by another version: load the model alone, and "
+                "begin with a new optimizer"
+            )
 
 
 def _incomplete(point: gt.TuckerPoint) -> list[int]:

@@ -127,6 +127,32 @@ def test_a_run_resumed_in_a_new_process_ends_bit_identical(
     assert ends[0] != (resumed / settings).read_bytes()
 
 
+def test_products_with_what_came_out_of_a_file_are_rounded_alike(tmp_path: Path) -> None:
+    # Decompositions return arrays of other strides than files do.
+    def parts() -> tuple[nn.Module, TDLRT]:
+        torch.manual_seed(0)
+        sizes = [nn.Linear(32, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 6)]
+        model = factorize(nn.Sequential(*sizes).double(), 3, verbose=False)
+        return model, TDLRT(torch.optim.Adam(model.parameters(), 0.01), model)
+
+    def steps(model: nn.Module, optimizer: TDLRT, number: int) -> None:
+        x, y = torch.randn(16, 32).double(), torch.randn(16, 6).double()
+        for _ in range(number):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), y).backward()
+            optimizer.step()
+
+    unbroken, resumed = parts(), parts()
+    steps(*unbroken, 5)
+    save_checkpoint(tmp_path / "file", *unbroken)
+    load_checkpoint(tmp_path / "file", *resumed)
+    for run in (unbroken, resumed):
+        torch.manual_seed(1)
+        steps(*run, 4)
+    pairs = zip(unbroken[0].parameters(), resumed[0].parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
 def test_ranks_over_time_are_saved_and_go_on(tmp_path: Path) -> None:
     parts = build("momentum")
     advance(*parts, range(SAVED_AT))

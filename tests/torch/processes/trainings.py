@@ -249,8 +249,8 @@ def other_bases(folder: Path, rank: int, world: int) -> list[dict[str, Any]]:
         ]
         return gt.TuckerPoint(wide.core, tuple(factors))
 
-    def others(points: Any, directions: Any, ask: bool = True) -> Any:
-        return list(map(turned, points, augment_all(points, directions, ask)))
+    def others(points: Any, directions: Any) -> Any:
+        return list(map(turned, points, augment_all(points, directions)))
 
     _lift.augment_all = others
     gt.augment = lambda point, directions: turned(point, augment(point, directions))
