@@ -2,7 +2,7 @@
 
 Run from the root of the repository, with the extra ``train`` installed::
 
-    python benchmarks/fine_tuning.py --trial --rates "0.01;0.03;0.1;0.3" --budgets "0.05;0.25"
+    python benchmarks/fine_tuning.py --trial --jobs 2
     python benchmarks/fine_tuning.py --jobs 2
 
 ResNet20 or ResNet32 with weights from elsewhere (see `networks.pretrained`) are trained on, by one
@@ -42,7 +42,7 @@ RESULTS = Path(__file__).parent / "results" / "fine_tuning.csv"
 BUDGETS = (0.5, 0.25, 0.1, 0.05)
 HELD_OUT = 5_000  # images of the training set that only trials look at
 EPOCHS, IMAGES = 3, 20_000
-TRIAL_EPOCHS, TRIAL_IMAGES = 2, 8_000
+TRIAL_EPOCHS, TRIAL_IMAGES, TRIAL_BUDGETS, TRIAL_RATES = 2, 8_000, (0.05, 0.25), (0.01, 0.05, 0.2)
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation, of 1 for white
 
 
@@ -117,6 +117,10 @@ def _some(data: DataSet, number: int, held_out: int) -> DataSet:
     return replace(data, train_images=given[chosen], train_labels=labels[chosen])
 
 
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(number) for number in text.split(";") if number)
+
+
 def best_rate(rows: list[Row], run: Run) -> float:
     """Return the rate that was best for a method in trials, at the nearest share of parameters."""
     trials = [
@@ -138,9 +142,7 @@ def best_rate(rows: list[Row], run: Run) -> float:
 def main(
     networks: Annotated[str, typer.Option(help='"resnet20", "resnet32" or both.')] = "resnet20",
     methods: Annotated[str, typer.Option(help='Names, separated by ";".')] = ";".join(DEFAULT),
-    budgets: Annotated[str, typer.Option(help="Shares of the parameters to keep.")] = ";".join(
-        map(str, BUDGETS)
-    ),
+    budgets: Annotated[str, typer.Option(help="Shares of the parameters to keep.")] = "",
     rates: Annotated[
         str, typer.Option(help="Learning rates at the start; by default what trials say.")
     ] = "",
@@ -157,14 +159,17 @@ def main(
             raise typer.BadParameter(f"got {method!r}, expected some of {'; '.join(ALL)}")
     length = (TRIAL_IMAGES, HELD_OUT, TRIAL_EPOCHS) if trial else (IMAGES, 0, EPOCHS)
     asked = Run("", "", 0.0, images or length[0], length[1], epochs or length[2], 0.0, 0)
+    shares = _numbers(budgets) or (TRIAL_BUDGETS if trial else BUDGETS)
+    given = _numbers(rates) or (TRIAL_RATES if trial else ())
     found, todo = read(out), []
     for seed, network, method in product(range(seeds), networks.split(";"), methods.split(";")):
-        for kept in [1.0] if method in WHOLE else map(float, budgets.split(";")):
+        for kept in (1.0,) if method in WHOLE else shares:
             run = asked._replace(network=network, method=method, kept=kept, seed=seed)
-            given = (
-                [0.0] if method in UNTRAINED else [float(rate) for rate in rates.split(";") if rate]
-            )
-            todo += [run._replace(rate=rate) for rate in given or [best_rate(found, run)]]
+            if method not in UNTRAINED:
+                own = given or (best_rate(found, run),)
+                todo += [run._replace(rate=rate) for rate in own]
+            elif not trial:
+                todo.append(run)
     for *_, end in by_run(fill(out, todo, work, jobs), todo).values():
         typer.echo(
             f"{end['network']}, {end['method']}, {end['kept']}, rate {end['rate']}: "
