@@ -16,6 +16,7 @@ import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -248,4 +249,13 @@ class _Unpickler(pickle.Unpickler):
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or (module, name) in _METADATA:
             return super().find_class(module, name)
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         raise pickle.UnpicklingError(f"expected metadata of tensors, got {module}.{name}")
+
+
+def _member(kind: Any, name: str) -> Enum:
+    """Return a member of an enumeration, which Python up to 3.11.3 pickles by its attribute."""
+    if not (isinstance(kind, type) and issubclass(kind, Enum)):
+        raise pickle.UnpicklingError(f"expected metadata of tensors, got an attribute of {kind!r}")
+    return kind[name]

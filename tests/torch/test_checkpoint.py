@@ -5,6 +5,7 @@ that are killed by SIGKILL.
 """
 
 import copy
+import io
 import os
 import pickle
 import random
@@ -410,6 +411,29 @@ class Bomb:
 
     def __reduce__(self) -> Any:
         return Path.touch, (self.path,)
+
+
+class Attribute:
+    """Is an attribute of something when it is unpickled, as enumerations once were."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.owner, self.name)
+
+
+def test_metadata_hold_members_of_enumerations_and_no_other_attributes() -> None:
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, TensorProperties
+
+    from geotucker_torch._folder import _Unpickler
+
+    member = _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
+    pickled = pickle.dumps(Attribute(_MEM_FORMAT_ENCODING, member.name))
+    assert _Unpickler(io.BytesIO(pickled)).load() is member
+    for owner, name in ((TensorProperties, "__init__"), (torch.Size, "__new__")):
+        with pytest.raises(pickle.UnpicklingError, match="expected metadata of tensors"):
+            _Unpickler(io.BytesIO(pickle.dumps(Attribute(owner, name)))).load()
 
 
 @pytest.mark.parametrize("write", [pickle.dump, torch.save])
