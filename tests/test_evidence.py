@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import typer
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -299,13 +300,14 @@ def test_fine_tuning_by_all_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     _published(tmp_path, "resnet20")
     monkeypatch.setenv("GEOTUCKER_DATA_DIR", str(tmp_path))
     monkeypatch.setattr(fine_tuning, "images", lambda: small)
+    monkeypatch.setattr(fine_tuning, "HELD_OUT", 8)
     path = tmp_path / "fine_tuning.csv"
 
     def table(**options: object) -> list[dict[str, str]]:
         fine_tuning.main(**{"epochs": 2, "images": 24, "jobs": 1, "out": path, **options})
         return tables.read(path)
 
-    rows = table(budgets="0.1")
+    rows = table(budgets="0.1", rates="0.05")
     assert {row["method"] for row in rows} == set(fine_tuning.DEFAULT)
     assert {(row["data"], row["images"]) for row in rows} == {("noise", "24")}
     ends = {(row["method"], row["kept"]): row for row in rows}  # of the last epoch
@@ -318,9 +320,19 @@ def test_fine_tuning_by_all_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert (row["train_loss"] == "nan") == looked
     first = {row["method"]: row for row in reversed(rows) if row["kept"] == "0.1"}
     sizes = {method: int(row["parameters"]) for method, row in first.items()}
-    assert sizes["TDLRT"] > sizes["TDLRT, truncated at once"]
-    assert table(methods="as it came;TDLRT", budgets="0.1") == rows  # nothing was left to do
+    assert sizes["TDLRT"] > sizes["HOSVD, fine-tuned"]  # in its first epoch
+    assert table(methods="as it came;TDLRT", budgets="0.1", rates="0.05") == rows  # all is there
+
     assert len(table(methods="as it came", images=20)) == len(rows) + 1
+
+    number = len(tables.read(path))
+    with pytest.raises(typer.BadParameter, match="begin with --trial"):
+        table(methods="TDLRT", budgets="0.1")
+    trials = table(methods="TDLRT", budgets="0.1", rates="0.01;0.1", trial=True)[number:]
+    assert {(row["held_out"], row["rate"]) for row in trials} == {("8", "0.01"), ("8", "0.1")}
+    best = max(trials, key=lambda row: (row["epoch"], float(row["test_accuracy"])))
+    added = table(methods="TDLRT", budgets="0.2")[number + len(trials) :]
+    assert {(row["held_out"], row["rate"]) for row in added} == {("0", best["rate"])}
 
 
 def test_fine_tuning_by_no_method() -> None:
@@ -338,7 +350,7 @@ def test_figure_of_fine_tuning(tmp_path: Path) -> None:
 
     def row(method: str, kept: float, seed: int, epoch: int, accuracy: float) -> dict[str, str]:
         run = fine_tuning.Run(
-            "resnet20", method, kept, fine_tuning.IMAGES, fine_tuning.EPOCHS, fine_tuning.RATE, seed
+            "resnet20", method, kept, fine_tuning.IMAGES, 0, fine_tuning.EPOCHS, 0.05, seed
         )
         seen = {"data": "noise", "epoch": epoch, "parameters": int(1000 * kept)}
         rows = {**run._asdict(), **seen, "test_accuracy": accuracy}
