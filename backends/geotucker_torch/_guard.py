@@ -14,7 +14,7 @@ import geotucker as gt
 
 from ._layers import TuckerModule
 from ._parts import is_sharded
-from ._slots import Slot, find_slots
+from ._slots import Slot, find_slots, layers_of
 from ._state import TANGENT
 
 __all__ = ["Before", "restored_if_it_fails", "untouched_if_loading_fails"]
@@ -37,7 +37,7 @@ class Before:
     def __init__(self, optimizer: Optimizer, slots: Sequence[Slot]) -> None:
         self._optimizer, self._slots = optimizer, slots
         self._points = [slot.point for slot in slots]
-        self._layers = [slot.layer for slot in slots if slot.layer is not None]
+        self._layers = layers_of(slots)
         self._lifts = [layer.lift_state() for layer in self._layers]
         self._gradients = {p: p.grad for slot in slots for p in (slot.core, *slot.factors)}
         factors = {factor for slot in slots for factor in slot.factors}

@@ -284,9 +284,9 @@ class TuckerModule(nn.Module):
     @property
     def _lifts(self) -> bool:
         """Whether the backward of a pass that is made now brings its gradient by `_lift`."""
-        # Who has written into a lifted core by hand wants to see it used.
-        extends = self.armed or (self.narrow is not None and self._untouched)
-        extends = extends and self.core.requires_grad and torch.is_grad_enabled()
+        # Who has written into a lifted core by hand wants to see it used; a copy is anybody's.
+        lifted = self.narrow is not None and self._lift.untouched and self._lift.moving
+        extends = (self.armed or lifted) and self.core.requires_grad and torch.is_grad_enabled()
         return extends and not _is_transformed()
 
     @property
@@ -396,7 +396,7 @@ class TuckerModule(nn.Module):
     def settled_point(self) -> gt.TuckerPoint:
         """The point without a lift that no step has used; the weight is the same."""
         # Who has written into a lifted core by hand has made that point the layer's.
-        return self.narrow if self.narrow is not None and self._untouched else self.point
+        return self.narrow if self.narrow is not None and self._lift.untouched else self.point
 
     @torch.no_grad()
     def lift(self, wide: gt.TuckerPoint, right: Right) -> None:
@@ -409,23 +409,19 @@ class TuckerModule(nn.Module):
         write_point(self.core, self.factors, wide)
         if grad is not None:
             self.core.grad = pad(grad, wide.ranks)
-        self.narrow, self.right, self.armed = narrow, right, False
-        self._lift.version, self.uses = self.core._version, 0
-
-    @property
-    def _untouched(self) -> bool:
-        return self.core._version == self._lift.version
+        self.narrow, self.right, self.armed, self.uses = narrow, right, False, 0
+        self._lift.written(self.core)
 
     def lift_state(self) -> tuple[Any, ...]:
         """Return what `restore_lift` needs, parameters aside."""
         record = self.armed, self.narrow, self.right, self.lifted_norm, self.loss_scale
-        return (*record, self._untouched)
+        return (*record, self._lift.untouched)
 
     def restore_lift(self, state: tuple[Any, ...]) -> None:
         """Go back to a state of `lift_state`; the parameters are those of that moment again."""
         *record, untouched = state
         self.armed, self.narrow, self.right, self.lifted_norm, self.loss_scale = record
-        self._lift.version = self.core._version if untouched else -1
+        self._lift.written(self.core, untouched)
 
     def settle(self) -> None:
         """Make a lift final; the core's gradient is the one that the step is taken with."""

@@ -29,7 +29,7 @@ from ._peers import Peers, group_of, is_joint
 from ._point import orthonormal
 from ._rules import Rules, flops_of
 from ._scale import moving_entries, normalises, scale_step
-from ._slots import Slot, find_slots
+from ._slots import Slot, find_slots, layers_of
 from ._state import (
     carry_state,
     check_tangents,
@@ -344,7 +344,7 @@ class TDLRT(Optimizer):
         """Return everything, for copies and pickles."""
         if self._verdict is not None:
             self._verdict.hear()
-        lifts = [layer.lift_state() for layer in _layers(self._slots)]
+        lifts = [layer.lift_state() for layer in layers_of(self._slots)]
         own = {**self.__dict__, "_verdict": None, "_lifts": lifts}  # the verdict is told here
         own.pop("step", None)  # a scheduler has wrapped it, and would step this one
         return own
@@ -353,7 +353,7 @@ class TDLRT(Optimizer):
         """Take everything, and move the bases of the copied model from now on."""
         lifts = state.pop("_lifts")
         super().__setstate__(state)
-        layers = _layers(self._slots)
+        layers = layers_of(self._slots)
         # A shallow copy has the layers of the other; of a layer that holds its optimizer nothing
         # but the object is there yet.
         if all("_lift" in vars(layer) and not layer._lift.moving for layer in layers):
@@ -363,7 +363,7 @@ class TDLRT(Optimizer):
 
     def _disarm_at_the_end(self, waiting: Waiting) -> None:
         """Have layers extend nothing when this optimizer is gone: nobody would truncate it."""
-        weakref.finalize(self, _disarm, _layers(self._slots), waiting, self.peers)
+        weakref.finalize(self, _disarm, layers_of(self._slots), waiting, self.peers)
 
     def __repr__(self) -> str:
         """Show the wrapped optimizer and the rank rules."""
@@ -675,11 +675,6 @@ def _trained_slots(model: nn.Module, optimizer: Optimizer) -> list[Slot]:
             "found none; call factorize(model) first and build the optimizer on its parameters"
         )
     return slots
-
-
-def _layers(slots: Sequence[Slot]) -> list[TuckerModule]:
-    """Return the layers of this package, one for each of their tensors."""
-    return [slot.layer for slot in slots if slot.layer is not None]
 
 
 def _share_lifts(slots: Sequence[Slot]) -> Waiting:

@@ -200,10 +200,8 @@ def _plain(
 def settled_copy(model: nn.Module) -> nn.Module:
     """Copy a model that is no longer trained as it is: bases lifted for a step shrink again."""
     new = copy.deepcopy(model)
-    for old, module in zip(model.modules(), new.modules(), strict=True):
-        if isinstance(old, TuckerModule) and isinstance(module, TuckerModule):
-            if old.narrow is not None:
-                module.restore_lift((*module.lift_state()[:-1], old.lift_state()[-1]))
+    for module in new.modules():
+        if isinstance(module, TuckerModule):
             module.unlift()
     return new
 

@@ -1,5 +1,6 @@
 """The Tucker tensors of a model, whatever module holds them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -10,7 +11,7 @@ from ._layers import TuckerModule
 from ._point import read_point, write_point
 from ._tltorch import holds_tucker, ranked_modules
 
-__all__ = ["Slot", "find_slots"]
+__all__ = ["Slot", "find_slots", "layers_of"]
 
 
 @dataclass(frozen=True)
@@ -78,3 +79,8 @@ def find_slots(model: nn.Module) -> list[Slot]:
             slot = replace(slot, layers=(*slot.layers, module))
         slots[core] = slot
     return list(slots.values())
+
+
+def layers_of(slots: Sequence[Slot]) -> list[TuckerModule]:
+    """Return the layers of this package that tensors are in, one for each of their tensors."""
+    return [slot.layer for slot in slots if slot.layer is not None]

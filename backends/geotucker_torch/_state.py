@@ -48,11 +48,12 @@ def lift_state(
     Linear moments are written in the wide bases, second ones get means; if any tensor has another
     shape than the core the whole state is reset: it cannot be carried.
     """
+    tangent = state.get(TANGENT, {})
 
     def lifted(key: str, moment: Tensor) -> Tensor:
         if key in _SECOND:
             return lift_squares(moment, wide.ranks)
-        own = _drift(state, key)
+        own = Drift(tangent[key], tangent[_RIGHT]) if key in tangent else None
         parts = zero(point) if own is None else own.at(right)
         return lift(point, wide, gt.TuckerTangent(moment, parts), right)
 
@@ -119,18 +120,10 @@ def drift(state: Mapping[str, Any], group: Mapping[str, Any]) -> Drift | None:
     """
     tangent = state.get(TANGENT, {})
     if "momentum_buffer" in tangent and "square_avg" not in state:
-        weight = group["momentum"] / (1.0 - group.get("dampening", 0.0))
-        return _drift(state, "momentum_buffer", weight)
-    if "exp_avg" in tangent and "betas" in group:
-        beta = group["betas"][0]
-        return _drift(state, "exp_avg", beta / (1.0 - beta))
-    return None
-
-
-def _drift(state: Mapping[str, Any], key: str, weight: float = 1.0) -> Drift | None:
-    """Return the basis parts of a moment; None if it has none."""
-    tangent = state.get(TANGENT, {})
-    if key not in tangent:
+        key, weight = "momentum_buffer", group["momentum"] / (1.0 - group.get("dampening", 0.0))
+    elif "exp_avg" in tangent and "betas" in group:
+        key, weight = "exp_avg", group["betas"][0] / (1.0 - group["betas"][0])
+    else:
         return None
     return Drift(tuple(weight * part for part in tangent[key]), tangent[_RIGHT])
 
