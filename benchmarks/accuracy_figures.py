@@ -6,11 +6,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from drawing import BLUE, GREEN, GREY, ORANGE, PINK, RED, Row, column, grouped, label, panels, table
+from drawing import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PINK,
+    RED,
+    SALMON,
+    SKY,
+    Row,
+    column,
+    grouped,
+    label,
+    panels,
+    table,
+)
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-OURS = ("TDLRT", "TDLRT, layers as tensors")  # drawn in front, in strong colours
+OURS = {  # drawn in front, in colours of their own
+    "TDLRT": BLUE,
+    "TDLRT, layers as tensors": RED,
+    "TDLRT, rate_power 1/4": SKY,
+    "TDLRT, rate_power 1/4, layers as tensors": SALMON,
+}
 WHOLE = ("dense", "as it came")  # of one size: drawn level
 _FIVE = (GREY, PINK, BLUE, ORANGE, GREEN)
 _PEERS = (PINK, ORANGE, GREEN, GREY, RED)
@@ -205,6 +225,6 @@ def longest(rows: Sequence[Row]) -> list[Row]:
 def colors(rows: Sequence[Row]) -> dict[str, Any]:
     """Return a colour for each method, the same in all panels of a figure."""
     others = iter([GREEN, ORANGE, PINK, *colormaps["tab20"].colors])  # type: ignore[attr-defined]
-    strong = dict(zip((*OURS, *WHOLE), (BLUE, RED, GREY, GREY), strict=True))
+    strong = OURS | dict.fromkeys(WHOLE, GREY)
     names = [method for (method,), _ in grouped(rows, "method")]
     return {name: strong[name] if name in strong else next(others) for name in names}

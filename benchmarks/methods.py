@@ -44,14 +44,17 @@ def tdlrt(
     recipe: Recipe,
     start: float = START,
     tensorise: Any = None,
+    rate_power: float | None = None,
 ) -> Iterator[Epoch]:
     """Train in Tucker format by geotucker's defaults, ranks by a budget for the whole network.
 
-    `tensorise` names linear layers that are taken as tensors, see `geotucker_torch.factorize`.
+    `tensorise` names linear layers that are taken as tensors, see `geotucker_torch.factorize`;
+    with `rate_power` the steps grow as ranks fall, see `geotucker_torch.TDLRT`.
     """
     rule = budget(kept, data, recipe, start)
     model = factorize(model, rule, tensorise=tensorise, verbose=False)
-    return train(model, TDLRT(recipe.sgd(model), model, rule), data, recipe)
+    optimizer = TDLRT(recipe.sgd(model), model, rule, rate_power=rate_power)
+    return train(model, optimizer, data, recipe)
 
 
 def cut(
@@ -112,6 +115,7 @@ def fine_tuned(
 METHODS: dict[str, Method] = {
     "dense": dense,
     "TDLRT": tdlrt,
+    "TDLRT, rate_power 1/4": partial(tdlrt, rate_power=0.25),
     "Tucker, plain descent": partial(plain_descent_by_tltorch, decompositions.tucker),
     "CP": partial(plain_descent_by_tltorch, decompositions.cp),
     "TT": partial(plain_descent_by_tltorch, decompositions.tt),
@@ -127,6 +131,7 @@ METHODS: dict[str, Method] = {
 # Those that can take linear layers as tensors: with an argument `tensorise`.
 AS_TENSORS: dict[str, Callable[..., Iterator[Epoch]]] = {
     "TDLRT": tdlrt,
+    "TDLRT, rate_power 1/4": partial(tdlrt, rate_power=0.25),
     "Tucker, plain descent": plain_descent_by_budget,
     "HOSVD, fine-tuned": fine_tuned,
 }

@@ -1,11 +1,17 @@
-"""The size of a core's step under optimizers that normalise gradients entry by entry.
+"""The size of a core's step: learning rates are meant for dense weights.
 
-Adam and its kin move every entry by about the learning rate, so a weight of N entries moves by
-about ``lr sqrt(N)`` in the Frobenius norm, whatever its gradient. In Tucker format only the n
-entries of the core are stepped, in orthonormal bases, and the weight would move by
-``lr sqrt(n)``: at low ranks, a small part of what the learning rate means for the dense layer. The
-factor ``sqrt(N / n)`` gives the weight the root mean square per step that it has there. (Muon's
-steps are matched to Adam's in the same way: Liu et al. 2025, arXiv:2502.16982, section 2.2.)
+*Optimizers that normalise gradients entry by entry.* Adam and its kin move every entry by about
+the learning rate, so a weight of N entries moves by about ``lr sqrt(N)`` in the Frobenius norm,
+whatever its gradient. In Tucker format only the n entries of the core are stepped, in orthonormal
+bases, and the weight would move by ``lr sqrt(n)``: at low ranks, a small part of what the learning
+rate means for the dense layer. The factor ``sqrt(N / n)`` gives the weight the root mean square per
+step that it has there. (Muon's steps are matched to Adam's in the same way: Liu et al. 2025,
+arXiv:2502.16982, section 2.2.)
+
+*Others.* SGD's step is the gradient's, of which the projection on a tangent space of n dimensions
+passes what counts, as bases follow the gradient, but only ``sqrt(n / N)`` of noise that has no
+direction. So there is no one factor: 1 keeps the step along the gradient, and ``sqrt(N / n)`` the
+noise, that of the dense layer. Powers in between trade one for the other.
 """
 
 import math
@@ -15,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["moving_entries", "normalises", "scale_step"]
+__all__ = ["moving_entries", "normalises", "scale_step", "tangent_dimension"]
 
 # Second moments by which a step is divided.
 _DIVISORS = {"exp_avg_sq", "exp_inf", "square_avg", "sum"}
@@ -41,6 +47,18 @@ def moving_entries(ranks: Sequence[int], wide: Sequence[int], tangent: bool) -> 
         return math.prod(wide)
     old = math.prod(ranks)  # one block beside it in each mode
     return old + sum((m - r) * old // r for r, m in zip(ranks, wide, strict=True))
+
+
+def tangent_dimension(shape: Sequence[int], ranks: Sequence[int]) -> int:
+    """Return the dimension of the tangent space: that of the cores, and of r_i (n_i - r_i) turns.
+
+    Examples
+    --------
+    >>> tangent_dimension((40, 30), (3, 3)), tangent_dimension((4, 5), (4, 5))
+    (201, 20)
+    """
+    turns = sum(r * (n - r) for n, r in zip(shape, ranks, strict=True))
+    return math.prod(ranks) + turns
 
 
 def scale_step(

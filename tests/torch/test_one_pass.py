@@ -485,7 +485,7 @@ def test_adam_moves_a_weight_as_far_as_the_dense_one(integrator, every):
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        (torch.optim.Adam, {"match_rms": False}),
+        (torch.optim.Adam, {"rate_power": 0.0}),
         (torch.optim.SGD, {}),
         (torch.optim.Adadelta, {}),
     ],
@@ -510,3 +510,27 @@ def test_steps_that_are_not_to_be_matched_stay(kind, options):
     other.step()
     optimizer.step()
     assert torch.equal(core, alone)
+
+
+@pytest.mark.parametrize("integrator", ["tangent", "tdlrt"])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_rates_grow_as_ranks_fall(integrator, nesterov):
+    def weights(power, scales):
+        model, x, y = data()
+        groups = [
+            {"params": [parameter], "lr": 0.05 * scales.get(name, 1.0)}
+            for name, parameter in model.named_parameters()
+        ]
+        inner = torch.optim.SGD(groups, momentum=0.9, weight_decay=0.1, nesterov=nesterov)
+        optimizer = TDLRT(inner, model, integrator=integrator, basis_every=2, rate_power=power)
+        for _ in range(6):  # every other one is a step of the cores alone
+            optimizer.zero_grad()
+            (model(x) - y).square().mean().backward()
+            optimizer.step()
+        return model(x)
+
+    # (3, 3) of 16x10 and of 14x16: tangent spaces of 9 + 3 * 13 + 3 * 7 dimensions, and so on.
+    rates = {"0.core": (160 / 69) ** 0.25, "2.core": (224 / 81) ** 0.25}
+    torch.testing.assert_close(weights(0.25, {}), weights(0.0, rates), rtol=0, atol=1e-12)
+    assert not torch.allclose(weights(None, {}), weights(0.25, {}), rtol=0, atol=1e-3)
+    assert torch.equal(weights(None, {}), weights(0.0, {}))

@@ -743,6 +743,9 @@ def test_wrong_arguments():
         TDLRT(torch.optim.LBFGS(model.parameters()), model)
     with pytest.raises(ValueError, match="basis_every: expected a positive integer, got 0"):
         TDLRT(sgd, model, basis_every=0)
+    for power in (-0.1, 1.5, float("nan"), True, "1/4"):
+        with pytest.raises(ValueError, match="rate_power: expected a number from 0 to 1, got"):
+            TDLRT(sgd, model, rate_power=power)
     with pytest.raises(ValueError, match="call factorize"):
         TDLRT(torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1), nn.Linear(2, 2))
     with pytest.raises(gt.RankError, match="pattern 'conv' names none of 0, 3"):
