@@ -84,6 +84,7 @@ class Config:
     floor: int = 1
     cap: int | None = None
     basis_every: int | None = None
+    rate_power: float | None = None
     tensorise: int | None = None
     # the recipe, the same for the dense baseline
     optimizer: str | None = None
@@ -121,6 +122,7 @@ class Config:
             raise OptionError("--cap", self.cap, f"at least --floor, which is {self.floor}")
         _in_range("--lr", self.lr, 0.0, math.inf, "a positive number", exclusive=True)
         _in_range("--weight-decay", self.weight_decay, 0.0, math.inf, "zero or a positive number")
+        _in_range("--rate-power", self.rate_power, 0.0, 1.0, "a number from 0 to less than 1")
         _in_range("--tolerance", self.tolerance, 0.0, 1.0, "a number from 0 to less than 1")
         if self.budget is not None:
             parse_budget(self.budget)

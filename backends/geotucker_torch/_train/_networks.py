@@ -138,7 +138,8 @@ def build_networks(config: Config, data: DataSet) -> list[Network]:
         optimizer: Optimizer | TDLRT = _optimizer(model, config)
         if name == "tucker":
             with _blaming_the_budget(config):
-                optimizer = TDLRT(optimizer, model, rule, basis_every=config.basis_every)
+                every, power = config.basis_every, config.rate_power
+                optimizer = TDLRT(optimizer, model, rule, basis_every=every, rate_power=power)
         own = copy.deepcopy(order)
         networks.append(Network(name, size, model, optimizer, _random_state(), order=own))
     return networks

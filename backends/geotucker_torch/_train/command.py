@@ -83,6 +83,14 @@ def train(
             show_default=False,
         ),
     ] = None,
+    rate_power: Annotated[
+        float | None,
+        typer.Option(
+            help="Steps of a core grow as its weight shrinks, by this power of the ratio. 0.25 "
+            "helps SGD below a tenth of the parameters. [default: 0 for SGD, 0.5 for others]",
+            show_default=False,
+        ),
+    ] = None,
     tensorise: Annotated[
         int | None,
         typer.Option(
