@@ -625,7 +625,16 @@ class TDLRT(Optimizer):
         return [(move.slot, cut) for move, cut in zip(moves, cuts, strict=True)]
 
     def _write_cuts(self, cuts: "Sequence[tuple[Slot, gt.Truncation]]") -> None:
-        """Take the truncated points, and carry the moments along."""
+        """Take the truncated points, and carry the moments along.
+
+        What took no part in the step and keeps its ranks stays: there is no room for the basis
+        parts of its moments in bases that were not extended.
+        """
+        cuts = [
+            (slot, cut)
+            for slot, cut in cuts
+            if slot.core.grad is not None or cut.point.ranks != slot.point.ranks
+        ]
         carried = [has_moments(self.state.get(slot.core, {})) for slot, _ in cuts]
         right = right_bases_of(
             (cut.point.core, cut.shrunk if wanted else ())

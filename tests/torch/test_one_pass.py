@@ -512,6 +512,27 @@ def test_steps_that_are_not_to_be_matched_stay(kind, options):
     assert torch.equal(core, alone)
 
 
+@pytest.mark.parametrize("rule", [None, gt.Fixed(3), gt.Tolerance(0.01)])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+def test_a_layer_that_is_not_used_keeps_its_momentum(kind, rule):
+    torch.manual_seed(0)
+    pair = nn.ModuleList([nn.Linear(10, 8), nn.Linear(10, 8)])
+    model = factorize(pair, 3, verbose=False).double()
+    options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+    optimizer = TDLRT(kind(model.parameters(), 0.01, **options), model, rule, basis_every=1)
+    x, y = torch.randn(12, 10).double(), torch.randn(12, 8).double()
+    for used in ([0, 1], [0, 1], [0]):
+        before = copy.deepcopy(optimizer.state[model[1].core]), model[1].point
+        optimizer.zero_grad()
+        sum((model[one](x) - y).square().mean() for one in used).backward()
+        optimizer.step()
+    state, point = before
+    assert all(part.any() for parts in state["tangent"].values() for part in parts)
+    torch.testing.assert_close(optimizer.state[model[1].core], state, rtol=0, atol=0)
+    assert all(map(torch.equal, model[1].point.factors, point.factors))
+    assert torch.equal(model[1].core, point.core)
+
+
 @pytest.mark.parametrize("integrator", ["tangent", "tdlrt"])
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_rates_grow_as_ranks_fall(integrator, nesterov):
