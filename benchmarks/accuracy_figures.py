@@ -29,6 +29,7 @@ OURS = {  # drawn in front, in colours of their own
     "TDLRT": BLUE,
     "TDLRT, layers as tensors": RED,
     "TDLRT, rate_power 1/4": SKY,
+    "TDLRT, rate_power 1/2": GREEN,
     "TDLRT, rate_power 1/4, layers as tensors": SALMON,
 }
 WHOLE = ("dense", "as it came")  # of one size: drawn level
@@ -224,7 +225,7 @@ def longest(rows: Sequence[Row]) -> list[Row]:
 
 def colors(rows: Sequence[Row]) -> dict[str, Any]:
     """Return a colour for each method, the same in all panels of a figure."""
-    others = iter([GREEN, ORANGE, PINK, *colormaps["tab20"].colors])  # type: ignore[attr-defined]
+    others = iter([ORANGE, PINK, *colormaps["tab20"].colors])  # type: ignore[attr-defined]
     strong = OURS | dict.fromkeys(WHOLE, GREY)
     names = [method for (method,), _ in grouped(rows, "method")]
     return {name: strong[name] if name in strong else next(others) for name in names}

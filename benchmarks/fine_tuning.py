@@ -82,6 +82,7 @@ SMALL: Mapping[str, Method] = {
     # A network that works has something to lose: it begins at the size that it has.
     "TDLRT": partial(tdlrt, start=1.0),
     "TDLRT, rate_power 1/4": partial(tdlrt, start=1.0, rate_power=0.25),
+    "TDLRT, rate_power 1/2": partial(tdlrt, start=1.0, rate_power=0.5),
 }
 UNTRAINED = ("as it came", "HOSVD, not trained")
 ALL: Mapping[str, Method] = {**METHODS, **WHOLE, **SMALL}
