@@ -102,6 +102,7 @@ def tdlrt(model: nn.Module, data: DataSet, recipe: Recipe, **options: Any) -> It
 METHODS: dict[str, Callable[[nn.Module, DataSet, Recipe], Iterator[Epoch]]] = {
     "dense": dense,
     "TDLRT": tdlrt,
+    "TDLRT, rate_power 1/4": partial(tdlrt, rate_power=0.25),
     "Tucker, plain descent": plain,
     "UV^T, plain descent": matrices,
     "TDLRT, whole gradient": partial(tdlrt, integrator="tdlrt", basis_every=1),
