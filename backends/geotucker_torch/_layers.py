@@ -275,8 +275,11 @@ class TuckerModule(nn.Module):
     def _uncompiled(self, run: Callable[..., Tensor], *arguments: Any) -> Tensor:
         """Call a function, outside of compiled graphs where an optimizer moves the bases."""
         if torch.compiler.is_compiling() and torch.is_grad_enabled() and self._lift.moving:
-            output: Tensor = _called_eagerly(self._uncompiled, run, *arguments)
+            output: Tensor = _called_eagerly(self._entered, run, *arguments)
             return output
+        return self._entered(run, *arguments)
+
+    def _entered(self, run: Callable[..., Tensor], *arguments: Any) -> Tensor:
         if self.peers is not None and torch.is_grad_enabled():
             self.peers.enter()
         return run(*arguments)
@@ -284,10 +287,21 @@ class TuckerModule(nn.Module):
     @property
     def _lifts(self) -> bool:
         """Whether the backward of a pass that is made now brings its gradient by `_lift`."""
-        # Who has written into a lifted core by hand wants to see it used; a copy is anybody's.
-        lifted = self.narrow is not None and self._lift.untouched and self._lift.moving
-        extends = (self.armed or lifted) and self.core.requires_grad and torch.is_grad_enabled()
-        return extends and not _is_transformed()
+        extends = (self.armed or self.is_lifted) and self.core.requires_grad
+        return extends and torch.is_grad_enabled() and not _is_transformed()
+
+    @property
+    def is_lifted(self) -> bool:
+        """Whether the lift is as the optimizer that asked for it has left it.
+
+        Else the wider point is the layer's: who has written into a lifted core, has replaced it or
+        converted it, wants to see that used. So does who has a copy, or has lost the optimizer.
+        """
+        if self.narrow is None or not self._lift.moving or self.core.is_inference():
+            return False
+        core = self.narrow.core
+        alike = (core.dtype, core.device) == (self.core.dtype, self.core.device)
+        return alike and self.core._version == self._lift.version
 
     @property
     def map(self) -> LayerMap:
@@ -395,8 +409,7 @@ class TuckerModule(nn.Module):
     @property
     def settled_point(self) -> gt.TuckerPoint:
         """The point without a lift that no step has used; the weight is the same."""
-        # Who has written into a lifted core by hand has made that point the layer's.
-        return self.narrow if self.narrow is not None and self._lift.untouched else self.point
+        return self.narrow if self.narrow is not None and self.is_lifted else self.point
 
     @torch.no_grad()
     def lift(self, wide: gt.TuckerPoint, right: Right) -> None:
@@ -409,19 +422,19 @@ class TuckerModule(nn.Module):
         write_point(self.core, self.factors, wide)
         if grad is not None:
             self.core.grad = pad(grad, wide.ranks)
-        self.narrow, self.right, self.armed, self.uses = narrow, right, False, 0
-        self._lift.written(self.core)
+        self.narrow, self.right, self.armed = narrow, right, False
+        self._lift.version, self.uses = self.core._version, 0
 
     def lift_state(self) -> tuple[Any, ...]:
         """Return what `restore_lift` needs, parameters aside."""
         record = self.armed, self.narrow, self.right, self.lifted_norm, self.loss_scale
-        return (*record, self._lift.untouched)
+        return (*record, self.is_lifted)
 
     def restore_lift(self, state: tuple[Any, ...]) -> None:
         """Go back to a state of `lift_state`; the parameters are those of that moment again."""
-        *record, untouched = state
+        *record, is_lifted = state
         self.armed, self.narrow, self.right, self.lifted_norm, self.loss_scale = record
-        self._lift.written(self.core, untouched)
+        self._lift.version = self.core._version if is_lifted else -1
 
     def settle(self) -> None:
         """Make a lift final; the core's gradient is the one that the step is taken with."""

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from torch import Tensor, nn
+from torch import Tensor
 
 import geotucker as gt
 from geotucker._moments import regauge
@@ -106,11 +106,10 @@ class Lift:
     loss_scale: Tensor | float = 1.0
     # The point before that happened, until a step is taken or the gradients are reset, and the
     # Q_i of Mat_i(C)^T = Q_i S_i^T of its incomplete modes; the largest entry of the gradient that
-    # it left then, and the core that it wrote, with its version.
+    # it left then, and the version of the core that it wrote.
     narrow: gt.TuckerPoint | None = None
     right: Right | None = None
     lifted_norm: Tensor | None = None
-    core: nn.Parameter | None = None
     version: int = 0
     # Forward passes since the bases were last moved: more than one may be in one graph.
     uses: int = 0
@@ -118,29 +117,13 @@ class Lift:
     # and by the identity of the core; shared by all tensors of an optimizer.
     waiting: "Waiting" = field(default_factory=dict)
 
-    @property
-    def untouched(self) -> bool:
-        """Whether nobody has written into the core since."""
-        return self.core is not None and self.core._version == self.version
-
     def __getstate__(self) -> dict[str, Any]:
         """Return all but what an optimizer has set, which would not truncate what a copy extends.
 
         One that is copied together with its model tells the copy what is to be.
         """
         of_optimizer = {"moving": False, "peers": None, "armed": False, "uses": 0, "waiting": {}}
-        return {**self.__dict__, **of_optimizer, "version": self.untouched}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take everything; versions of copied parameters begin anew."""
-        untouched = state["version"]
-        self.__dict__.update(state)
-        self.written(self.core, untouched)
-
-    def written(self, core: nn.Parameter | None, untouched: bool = True) -> None:
-        """Take note of the core, as it is now, as the one that the lift wrote, or wrote once."""
-        self.core = core
-        self.version = core._version if core is not None and untouched else -1
+        return {**self.__dict__, **of_optimizer}
 
     def forget_uses(self) -> None:
         """Start to count again, and drop what a backward pass that has failed left behind."""

@@ -6,6 +6,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ from ._lifted import Drift, Extension, Lift, Right, Waiting
 from ._peers import Peers, group_of, is_joint
 from ._point import orthonormal
 from ._rules import Rules, flops_of
-from ._scale import moving_entries, normalises, scale_step, tangent_dimension
+from ._scale import decays_apart, moving_entries, normalises, scale_step, tangent_dimension
 from ._slots import Slot, find_slots, layers_of
 from ._state import (
     carry_state,
@@ -191,14 +192,17 @@ class TDLRT(Optimizer):
         whole = isinstance(basis_every, int) and not isinstance(basis_every, bool)
         if basis_every is not None and not (whole and basis_every >= 1):
             raise ValueError(f"basis_every: expected a positive integer, got {basis_every!r}")
-        number = isinstance(rate_power, (int, float)) and not isinstance(rate_power, bool)
+        number = isinstance(rate_power, Real) and not isinstance(rate_power, bool)
         if rate_power is not None and not (number and 0.0 <= rate_power <= 1.0):
             raise ValueError(f"rate_power: expected a number from 0 to 1, got {rate_power!r}")
         if integrator not in INTEGRATORS:
             raise ValueError(f"integrator: expected one of {INTEGRATORS}, got {integrator!r}")
         slots = _trained_slots(model, optimizer)
-        self._rules = Rules.of(ranks, model, slots)
+        Rules.of(ranks, model, slots)  # which raises before anything is changed
         group = group_of(process_group)
+        for layer in layers_of(slots):  # an optimizer before this one may have lifted it
+            layer.unlift()
+        self._rules = Rules.of(ranks, model, slots)
         self.wrapped = optimizer
         self._model = model
         # Not Optimizer.__init__, which would make param groups and state of its own:
@@ -206,7 +210,7 @@ class TDLRT(Optimizer):
         super().__setstate__({})
         self.integrator = integrator
         self.basis_every = basis_every
-        self.rate_power = rate_power
+        self.rate_power = None if rate_power is None else float(rate_power)
         self.late_check = late_check
         self._verdict: Verdict | None = None  # on the step before, if nobody has heard it yet
         self._slots = slots
@@ -372,7 +376,8 @@ class TDLRT(Optimizer):
 
     def __repr__(self) -> str:
         """Show the wrapped optimizer and the rank rules."""
-        return f"TDLRT({self.wrapped!r}, ranks={self._rules}, basis_every={self.basis_every})"
+        options = f"basis_every={self.basis_every}, rate_power={self.rate_power}"
+        return f"TDLRT({self.wrapped!r}, ranks={self._rules}, {options})"
 
     # The algorithm.
 
@@ -493,7 +498,7 @@ class TDLRT(Optimizer):
         for slot in self._slots:
             if slot.layer is not None:
                 moving = self._drift(slot) if armed else None
-                slot.layer.armed = armed
+                slot.layer.armed = armed and slot.layer.narrow is None
                 slot.layer.extension = Extension(self.integrator == "tdlrt", moving)
 
     def _drift(self, slot: Slot) -> Drift | None:
@@ -511,7 +516,6 @@ class TDLRT(Optimizer):
         self, slots: list[Slot], previous: Sequence[tuple[int, ...]], before: Sequence[Tensor]
     ) -> None:
         """Scale the steps of cores by how few entries of their weights they move: see `_scale`."""
-        decoupled = isinstance(self.wrapped, torch.optim.AdamW)
         for slot, ranks, old in zip(slots, previous, before, strict=True):
             normalised = normalises(self.state.get(slot.core, {}))
             power = (0.5 if normalised else 0.0) if self.rate_power is None else self.rate_power
@@ -524,8 +528,7 @@ class TDLRT(Optimizer):
             else:
                 entries = tangent_dimension(point.shape, ranks)
             factor = (math.prod(point.shape) / entries) ** power
-            apart = bool(group.get("decoupled_weight_decay", decoupled))
-            scale_step(slot.core, old, factor, group, apart)
+            scale_step(slot.core, old, factor, group, decays_apart(self.wrapped, group))
 
     def _settle(self, slots: list[Slot]) -> dict[str, Right]:
         """Make the lifts of the backward pass final, and lift the moments after them.
@@ -548,8 +551,8 @@ class TDLRT(Optimizer):
             self.state[slot.core] = lift_state(state, narrow, slot.point, right)
 
     def _trained(self) -> list[Slot]:
-        """Return the Tucker tensors that are not frozen now."""
-        return [slot for slot in self._slots if slot.core.requires_grad]
+        """Return the Tucker tensors that are not frozen now, or are stepped all the same."""
+        return [s for s in self._slots if s.core.requires_grad or s.core.grad is not None]
 
     def _extend(self, slots: list[Slot]) -> dict[str, Right]:
         """Extend the bases by the gradients of the factors, lift cores and moments.

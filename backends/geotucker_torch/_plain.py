@@ -19,7 +19,7 @@ from ._layers import TuckerConv1d, TuckerConv2d, TuckerConv3d, TuckerLinear, Tuc
 from ._maps import modes_turned
 from ._modules import has_hooks
 from ._plan import Contraction
-from ._point import Shared, own_parameter, shared_parameter
+from ._point import Shared, own_parameter, shared_parameter, write_point
 from ._tensor_embedding import TuckerTensorEmbedding
 from ._tensor_linear import TuckerTensorLinear
 from ._tensor_module import TensorModule
@@ -200,9 +200,12 @@ def _plain(
 def settled_copy(model: nn.Module) -> nn.Module:
     """Copy a model that is no longer trained as it is: bases lifted for a step shrink again."""
     new = copy.deepcopy(model)
-    for module in new.modules():
-        if isinstance(module, TuckerModule):
+    for old, module in zip(model.modules(), new.modules(), strict=True):
+        if isinstance(old, TuckerModule) and isinstance(module, TuckerModule):
+            narrow = module.narrow if old.is_lifted else None
             module.unlift()
+            if narrow is not None:
+                write_point(module.core, module.factors, narrow)
     return new
 
 

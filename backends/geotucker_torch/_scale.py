@@ -20,11 +20,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-__all__ = ["moving_entries", "normalises", "scale_step", "tangent_dimension"]
+__all__ = ["decays_apart", "moving_entries", "normalises", "scale_step", "tangent_dimension"]
 
 # Second moments by which a step is divided.
 _DIVISORS = {"exp_avg_sq", "exp_inf", "square_avg", "sum"}
+
+# Optimizers that decay weights beside the step and do not say so in their groups.
+_DECOUPLED = tuple(
+    getattr(torch.optim, name)
+    for name in ("AdamW", "Adafactor", "Muon")
+    if hasattr(torch.optim, name)
+)
 
 
 def normalises(state: Mapping[str, Any]) -> bool:
@@ -33,6 +41,11 @@ def normalises(state: Mapping[str, Any]) -> bool:
     Adadelta's steps are in units of its past steps, and are none of these.
     """
     return not _DIVISORS.isdisjoint(state) and "acc_delta" not in state
+
+
+def decays_apart(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
+    """Tell whether an optimizer's weight decay is none of the gradient's, but beside the step."""
+    return bool(group.get("decoupled_weight_decay", isinstance(optimizer, _DECOUPLED)))
 
 
 def moving_entries(ranks: Sequence[int], wide: Sequence[int], tangent: bool) -> int:
@@ -52,13 +65,17 @@ def moving_entries(ranks: Sequence[int], wide: Sequence[int], tangent: bool) -> 
 def tangent_dimension(shape: Sequence[int], ranks: Sequence[int]) -> int:
     """Return the dimension of the tangent space: that of the cores, and of r_i (n_i - r_i) turns.
 
+    At ranks that no tensor has, which a loaded state may have for a step, that of all tensors.
+
     Examples
     --------
     >>> tangent_dimension((40, 30), (3, 3)), tangent_dimension((4, 5), (4, 5))
     (201, 20)
+    >>> tangent_dimension((9, 2), (5, 1))
+    18
     """
     turns = sum(r * (n - r) for n, r in zip(shape, ranks, strict=True))
-    return math.prod(ranks) + turns
+    return min(math.prod(ranks) + turns, math.prod(shape))
 
 
 def scale_step(

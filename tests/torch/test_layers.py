@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import geotucker as gt
-from geotucker_torch import TuckerConv1d, TuckerConv2d, TuckerConv3d, TuckerLinear, TuckerModule
+from geotucker_torch import (
+    TDLRT,
+    TuckerConv1d,
+    TuckerConv2d,
+    TuckerConv3d,
+    TuckerLinear,
+    TuckerModule,
+)
 
 TUCKER: dict[type[nn.Module], type[TuckerModule]] = {
     nn.Linear: TuckerLinear,
@@ -487,9 +494,11 @@ def test_a_dense_weight_beside_a_core_is_unexpected() -> None:
 def test_the_state_amid_a_step_is_that_from_before_the_lift() -> None:
     model = nn.Sequential(TuckerLinear(10, 8, ranks=2))
     before = copy.deepcopy(model.state_dict())
-    model[0].armed = True
+    optimizer = TDLRT(torch.optim.SGD(model.parameters(), 0.1), model)
     model(torch.randn(4, 10)).sum().backward()
+    assert model[0].armed is False
     assert model[0].core.shape == (4, 4)
+    assert optimizer.ranks == {"0": (4, 4)}
     state = model.state_dict()
     assert list(state) == list(before)
     assert all(torch.equal(state[name], before[name]) for name in before)

@@ -555,3 +555,33 @@ def test_rates_grow_as_ranks_fall(integrator, nesterov):
     torch.testing.assert_close(weights(0.25, {}), weights(0.0, rates), rtol=0, atol=1e-12)
     assert not torch.allclose(weights(None, {}), weights(0.25, {}), rtol=0, atol=1e-3)
     assert torch.equal(weights(None, {}), weights(0.0, {}))
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adafactor", "Muon", "NAdam"])
+def test_decay_beside_the_step_is_not_scaled(name):
+    kind = getattr(torch.optim, name, None)
+    if kind is None:
+        pytest.skip(f"this version of PyTorch has no {name}")
+    torch.manual_seed(0)
+    layer = TuckerLinear(20, 16, 2, bias=False)
+    options = {"decoupled_weight_decay": True} if name == "NAdam" else {}
+    inner = kind([layer.core], lr=0.1, weight_decay=0.1, **options)
+    optimizer = TDLRT(inner, layer, rate_power=0.25)
+    before = layer.dense_weight().detach().clone()
+    (0.0 * layer(torch.randn(3, 20)).sum()).backward()
+    optimizer.step()
+    torch.testing.assert_close(layer.dense_weight(), 0.99 * before)
+
+
+def test_a_core_frozen_between_backward_and_step():
+    model, x, y = data()
+    optimizer = TDLRT(sgd(model), model)
+    (model(x) - y).square().mean().backward()
+    model[0].core.requires_grad_(False)
+    optimizer.step()  # which steps it all the same: it has a gradient
+    assert model[0].core.shape == model[2].core.shape == (3, 3)
+    core = model[0].core.clone()
+    optimizer.zero_grad()
+    (model(x) - y).square().mean().backward()
+    optimizer.step()
+    assert torch.equal(model[0].core, core)

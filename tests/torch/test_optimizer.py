@@ -368,6 +368,92 @@ def test_a_run_that_is_copied_between_backward_and_step_goes_on_alike(copied):
     assert not net[0].armed
 
 
+def lifted_problem():
+    model, closure_for = problem()
+    optimizer = TDLRT(torch.optim.SGD(model.parameters(), 1e-2), model)
+    closure_for(optimizer)()
+    assert all(layer.core.shape != layer.settled_ranks for layer in (model[0], model[3]))
+    return model, optimizer, torch.randn(16, 3, 5, 5).double()
+
+
+def test_a_core_that_is_replaced_amid_a_step_is_the_one_that_counts():
+    model, optimizer, x = lifted_problem()
+    expected = model[0].dense_weight().detach() * 2
+    model[0].core = nn.Parameter(model[0].core.detach() * 2)
+    torch.testing.assert_close(model[0].dense_weight(), expected)
+    torch.testing.assert_close(finalize(model)(x), model(x))
+    own = {name: (p.detach() * 1.5).requires_grad_() for name, p in model.named_parameters()}
+    torch.func.functional_call(model, own, (x,)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in own.values())
+    assert optimizer.param_groups
+
+
+@pytest.mark.parametrize("converted", [copy.deepcopy, lambda model: model])
+def test_a_model_that_is_converted_amid_a_step(converted):
+    model, optimizer, x = lifted_problem()
+    expected = model(x).detach()
+    net = converted(model).float()
+    assert {value.dtype for value in net.state_dict().values()} == {torch.float32}
+    torch.testing.assert_close(net(x.float()).double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(finalize(net)(x.float()), net(x.float()))
+    optimizer.zero_grad()
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+    torch.testing.assert_close(net(x.float()).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_copies_in_inference_mode():
+    model, optimizer, x = lifted_problem()
+    with torch.inference_mode():
+        twin = copy.deepcopy(copy.deepcopy(model))
+        torch.testing.assert_close(twin(x), model(x))
+        torch.testing.assert_close(finalize(twin)(x), model(x))
+        assert twin.state_dict().keys() == model.state_dict().keys()
+    assert optimizer.param_groups
+
+
+def test_values_behind_autograds_back_count_without_the_optimizer():
+    model, optimizer, x = lifted_problem()
+    twin = copy.deepcopy(model)
+    del optimizer
+    gc.collect()
+    for net in (model, twin):
+        before = net(x).detach()
+        for parameter in net.parameters():
+            parameter.data.mul_(1.1)
+        assert not torch.allclose(net(x), before)
+        torch.testing.assert_close(finalize(net)(x), net(x))
+        fresh = copy.deepcopy(net)
+        fresh.load_state_dict(net.state_dict())
+        torch.testing.assert_close(fresh(x), net(x))
+
+
+def test_a_new_optimizer_amid_a_step_begins_at_the_settled_ranks():
+    model, old, x = lifted_problem()
+    weights = [layer.dense_weight().detach().clone() for layer in (model[0], model[3])]
+    ranks = [layer.settled_ranks for layer in (model[0], model[3])]
+    with pytest.raises(gt.RankError):
+        TDLRT(torch.optim.SGD(model.parameters(), 1e-2), model, "3")
+    assert model[0].core.shape != ranks[0]  # nothing is changed
+    optimizer = TDLRT(torch.optim.SGD(model.parameters(), 1e-2), model)
+    del old
+    assert list(optimizer.ranks.values()) == ranks
+    for layer, weight in zip((model[0], model[3]), weights, strict=True):
+        torch.testing.assert_close(layer.dense_weight(), weight)
+    for _ in range(2):
+        model(x).square().mean().backward()
+        optimizer.step()
+    assert list(optimizer.ranks.values()) == ranks
+
+
+def test_loading_its_own_state_amid_a_step():
+    model, optimizer, x = lifted_problem()
+    optimizer.load_state_dict(optimizer.state_dict())
+    for _ in range(2):
+        model(x).square().mean().backward()
+    optimizer.step()
+    assert model[0].core.shape == model[0].settled_ranks == (3, 3, 3, 3)
+
+
 @pytest.mark.parametrize("lifted", [False, True])
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_without_its_optimizer_extends_nothing(copied, lifted):

@@ -86,7 +86,7 @@ def test_settings_survive_json() -> None:
         ({"epochs": 0}, "--epochs: got 0, expected an integer of at least 1"),
         ({"batch_size": 0}, "--batch-size: got 0"),
         ({"basis_every": 0}, "--basis-every: got 0"),
-        ({"rate_power": -0.5}, "--rate-power: got -0.5, expected a number from 0 to less"),
+        ({"rate_power": -0.5}, "--rate-power: got -0.5, expected a number from 0 to 1"),
         ({"rate_power": float("nan")}, "--rate-power: got nan"),
         ({"tensorise": 1, "budget": "5%"}, "--tensorise: got 1, expected an integer of at least 2"),
         ({"tensorise": 2}, "--tensorise: got 2, expected a --budget"),

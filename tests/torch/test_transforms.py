@@ -106,3 +106,15 @@ def test_transforms_of_torch_func_see_ordinary_functions():
     for name, gradient in zip(names, expected, strict=True):
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(each[name].mean(0), gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_model_with_its_optimizer_is_exported(trained):
+    model, x = build(), torch.randn(4, 2, 5, 5)
+    optimizer = TDLRT(torch.optim.SGD(model.parameters(), 0.05), model)
+    if trained:
+        model(x).square().mean().backward()
+        optimizer.step()
+    model.eval()
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
+    assert optimizer.ranks

@@ -122,7 +122,8 @@ class Config:
             raise OptionError("--cap", self.cap, f"at least --floor, which is {self.floor}")
         _in_range("--lr", self.lr, 0.0, math.inf, "a positive number", exclusive=True)
         _in_range("--weight-decay", self.weight_decay, 0.0, math.inf, "zero or a positive number")
-        _in_range("--rate-power", self.rate_power, 0.0, 1.0, "a number from 0 to less than 1")
+        if self.rate_power is not None and not 0.0 <= self.rate_power <= 1.0:
+            raise OptionError("--rate-power", self.rate_power, "a number from 0 to 1")
         _in_range("--tolerance", self.tolerance, 0.0, 1.0, "a number from 0 to less than 1")
         if self.budget is not None:
             parse_budget(self.budget)
