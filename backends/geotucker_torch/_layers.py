@@ -275,11 +275,11 @@ class TuckerModule(nn.Module):
     def _uncompiled(self, run: Callable[..., Tensor], *arguments: Any) -> Tensor:
         """Call a function, outside of compiled graphs where an optimizer moves the bases."""
         if torch.compiler.is_compiling() and torch.is_grad_enabled() and self._lift.moving:
-            output: Tensor = _called_eagerly(self._entered, run, *arguments)
+            output: Tensor = _called_eagerly(self._run_here, run, *arguments)
             return output
-        return self._entered(run, *arguments)
+        return self._run_here(run, *arguments)
 
-    def _entered(self, run: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    def _run_here(self, run: Callable[..., Tensor], *arguments: Any) -> Tensor:
         if self.peers is not None and torch.is_grad_enabled():
             self.peers.enter()
         return run(*arguments)
