@@ -79,14 +79,15 @@ def time(folder: Path) -> Figure:
     """Draw accuracy over the processor time of training, at one share of the parameters."""
     rows = longest(table(folder, "compression", problem="lenet5", seed="0"))
     chosen = [row for row in rows if row["kept"] in ("1.0", "0.02")]
-    figure, (axes,) = panels(1, 3.4)
-    figure.set_figwidth(6.0)
+    figure, (axes,) = panels(1, 5.0)
+    figure.set_figwidth(6.4)
     palette = colors(chosen)
     for (method,), runs in grouped(chosen, "method"):
         own, color = best_rate(runs), palette[method]
-        axes.plot(column(own, "seconds"), column(own, "test_accuracy"), color=color, label=method)
-    axes.set(xlabel="processor time of training (s)", ylabel="test accuracy (%)", ylim=(95, 99.6))
-    axes.legend(fontsize=7, ncols=2, loc="lower right")
+        x, y = column(own, "seconds"), column(own, "test_accuracy")
+        axes.plot(x, y, color=color, label=method, **front(method))
+    axes.set(xlabel="processor time of training (s)", ylabel="test accuracy (%)", ylim=(97, 99.5))
+    figure.legend(fontsize=7, ncols=2, loc="outside lower center")
     return figure
 
 
@@ -163,13 +164,16 @@ def completion(folder: Path) -> Figure:
 
 
 def by_size(rows: Sequence[Row], where: str) -> Figure:
-    """Draw means over seeds against the share of the parameters, and from worst to best."""
+    """Draw means over seeds against the share of the parameters, and from worst to best.
+
+    What ends far below most others, by the fence of Tukey's box plots, is off the figure.
+    """
     places = [(place, longest(own)) for place, own in grouped(rows, where)]
-    figure, axes = panels(len(places), 4.4)
+    figure, axes = panels(len(places), 5.4)
     palette = colors(rows)
     figure.set_figwidth(max(6.0, 5.0 * len(places)))
     for panel, ((name,), own) in zip(axes, places, strict=True):
-        dense = max(int(row["parameters"]) for row in own)
+        dense, means, top = max(int(row["parameters"]) for row in own), list[float](), 0.0
         for (method,), runs in grouped(own, "method"):
             color, points = palette[method], []
             for _, same in grouped(best_rate(runs), "kept"):
@@ -182,22 +186,34 @@ def by_size(rows: Sequence[Row], where: str) -> Figure:
                 continue
             points.sort(key=lambda point: point[0])
             x, y = [share for share, _ in points], [np.nanmean(scores) for _, scores in points]
+            top = max(top, *y)
             if method in WHOLE:
                 panel.axhline(y[0], color=GREY, linewidth=0.8)
                 label(panel, 1.0, y[0], method, GREY, xytext=(0, 5), ha="right")
                 continue
-            front = {"linewidth": 2.0, "zorder": 3} if method in OURS else {}
-            panel.plot(x, y, "o-", color=color, label=method, **front)
+            panel.plot(x, y, "o-", color=color, label=method, **front(method))
+            means += y
             panel.vlines(
                 x, [np.nanmin(s) for _, s in points], [np.nanmax(s) for _, s in points], color
             )
         panel.set(title=f"{name}, {own[0]['data']}", xscale="log", xlabel="parameters kept")
+        if means:
+            low, high = np.quantile(means, [0.25, 0.75])
+            bottom = max(panel.get_ylim()[0], low - 1.5 * (high - low))
+            panel.set_ylim(bottom, top + 0.1 * (top - bottom))
         shares = sorted({float(row["kept"]) for row in own} - {1.0})
         panel.set_xticks(shares, [f"{100 * share:g} %" for share in shares])
         panel.minorticks_off()
-        panel.legend(fontsize=7, loc="lower right")
     axes[0].set_ylabel("test accuracy (%)")
+    lines = {line.get_label(): line for panel in axes for line in panel.get_lines()}
+    shown = {name: line for name, line in lines.items() if not str(name).startswith("_")}
+    figure.legend(shown.values(), shown.keys(), fontsize=7, ncols=2, loc="outside lower center")
     return figure
+
+
+def front(method: str) -> dict[str, Any]:
+    """Return how the lines of a method are drawn: ours before those of others."""
+    return {"linewidth": 2.0, "zorder": 3} if method in OURS else {}
 
 
 def best_rate(rows: Iterable[Row]) -> list[Row]:

@@ -86,8 +86,8 @@ def train(
     rate_power: Annotated[
         float | None,
         typer.Option(
-            help="Steps of a core grow as its weight shrinks, by this power of the ratio. 0.25 "
-            "helps SGD below a tenth of the parameters. [default: 0 for SGD, 0.5 for others]",
+            help="Steps of a core grow as its weight shrinks, by this power of the ratio: for "
+            "SGD, 0.25 where a few percent are to be left. [default: 0 for SGD, 0.5 for others]",
             show_default=False,
         ),
     ] = None,
