@@ -57,7 +57,12 @@ PROBLEMS = {
         Recipe(epochs=12, rate=0.05, momentum=0.9),
         {"7": ((20, 25), (50, 16)), "9": ((10,), (20, 25))},  # 800: channels, places
     ),
-    "vgg8": Problem("cifar10", partial(build, "vgg8", 3, 32, 10), CIFAR),
+    "vgg8": Problem(
+        "cifar10",
+        partial(build, "vgg8", 3, 32, 10),
+        CIFAR,
+        {"fc1": ((16, 16), (256, 16))},  # 4096: channels, places
+    ),
     "resnet20": Problem("cifar10", partial(build, "resnet20", 3, 32, 10), CIFAR),
     "vgg16": Problem("cifar10", vgg16, replace(CIFAR, epochs=100)),  # for a GPU
     "resnet18": Problem("cifar10", resnet18, replace(CIFAR, epochs=100)),  # for a GPU

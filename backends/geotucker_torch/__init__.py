@@ -1,16 +1,18 @@
 """Binding for PyTorch: layers in Tucker format, and models that are turned into them.
 
 `factorize` replaces the linear, convolution and embedding layers of a model by Tucker layers, whose
-weights are a core and orthonormal factors, and `densify` goes back. `TDLRT` wraps a torch
-optimizer and trains them: it moves the bases and adapts the ranks. `save_checkpoint` and
-`load_checkpoint` keep a training in a file, `load_weights` and `dense_state_dict` carry weights
-between dense and factorised models. `finalize` turns a trained model into plain modules, the
-smallest, to be fine-tuned or exported, and `optimize_for_inference` into those that are measured to
-be the fastest. `spectra` measures the weights of a model, and `summary`, `plot` and `report` show
-them. `from_tltorch` and `to_tltorch` go between this package and tensorly-torch.
+weights are a core and orthonormal factors, and `densify` goes back. `TDLRT` wraps a torch optimizer
+and trains them: it moves the bases and adapts the ranks. `save_checkpoint` and `load_checkpoint`
+keep a training in a file, `load_weights` and `dense_state_dict` carry weights between dense and
+factorised models. `AveragedModel` averages models over steps. `finalize` turns a trained model into
+plain modules, the smallest, to be fine-tuned or exported, and `optimize_for_inference` into those
+that are measured to be the fastest. `spectra` measures the weights of a model, and `summary`,
+`plot` and `report` show them. `from_tltorch` and `to_tltorch` go between this package and
+tensorly-torch.
 """
 
 from ._attention import TuckerMultiheadAttention
+from ._averaging import AveragedModel
 from ._checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from ._collectives import ProcessError
 from ._distribute import distribute
@@ -31,6 +33,7 @@ from ._weights import dense_state_dict, load_weights
 
 __all__ = [
     "TDLRT",
+    "AveragedModel",
     "CheckpointError",
     "Factorization",
     "FactorizedLayer",

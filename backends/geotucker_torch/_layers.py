@@ -49,9 +49,14 @@ _called_eagerly: Any = torch.compiler.disable(lambda run, *arguments: run(*argum
 
 
 def _is_transformed() -> bool:
-    """Tell whether a transform of torch.func is active: it wants gradients, and no lift."""
+    """Tell whether a transform of torch.func is active, or a tracer: they want no lift."""
     active: bool = getattr(torch._C, "_are_functorch_transforms_active", bool)()
-    return active
+    return active or torch._C._is_tracing()
+
+
+def _is_in_backward() -> bool:
+    """Tell whether this runs within a backward pass."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _of_lift(name: str) -> Any:
@@ -274,21 +279,33 @@ class TuckerModule(nn.Module):
 
     def _uncompiled(self, run: Callable[..., Tensor], *arguments: Any) -> Tensor:
         """Call a function, outside of compiled graphs where an optimizer moves the bases."""
-        if torch.compiler.is_compiling() and torch.is_grad_enabled() and self._lift.moving:
+        if torch.compiler.is_compiling() and torch.is_grad_enabled() and self._is_moved:
             output: Tensor = _called_eagerly(self._run_here, run, *arguments)
             return output
         return self._run_here(run, *arguments)
 
     def _run_here(self, run: Callable[..., Tensor], *arguments: Any) -> Tensor:
-        if self.peers is not None and torch.is_grad_enabled():
-            self.peers.enter()
+        if torch.is_grad_enabled():
+            if self.peers is not None:
+                self.peers.enter()
+            # Its gradient has been dropped, whoever did that; unless a backward pass is on its way,
+            # which has asked for this pass.
+            if self.is_lifted and self.core.grad is None and not _is_in_backward():
+                self.unlift()
         return run(*arguments)
+
+    @property
+    def _is_moved(self) -> bool:
+        """Whether an optimizer moves the bases."""
+        return self._lift.trained is not None
 
     @property
     def _lifts(self) -> bool:
         """Whether the backward of a pass that is made now brings its gradient by `_lift`."""
-        extends = (self.armed or self.is_lifted) and self.core.requires_grad
-        return extends and torch.is_grad_enabled() and not _is_transformed()
+        if not (self.armed or self.is_lifted) or not torch.is_grad_enabled():
+            return False
+        own = self.core is self._lift.trained  # and not given to a functional call
+        return own and self.core.requires_grad and not _is_transformed()
 
     @property
     def is_lifted(self) -> bool:
@@ -297,7 +314,7 @@ class TuckerModule(nn.Module):
         Else the wider point is the layer's: who has written into a lifted core, has replaced it or
         converted it, wants to see that used. So does who has a copy, or has lost the optimizer.
         """
-        if self.narrow is None or not self._lift.moving or self.core.is_inference():
+        if self.narrow is None or not self._is_moved or self.core.is_inference():
             return False
         core = self.narrow.core
         alike = (core.dtype, core.device) == (self.core.dtype, self.core.device)
@@ -449,7 +466,7 @@ class TuckerModule(nn.Module):
         self._lift.forget_uses()
         if self.narrow is not None:
             write_point(self.core, self.factors, self.settled_point)
-            self.narrow, self.right, self.armed = None, None, self._lift.moving
+            self.narrow, self.right, self.armed = None, None, self._is_moved
 
     def extra_repr(self) -> str:
         """Return the options, as the dense layer would, and the ranks."""
@@ -512,7 +529,7 @@ class TuckerModule(nn.Module):
         else:
             if prefix + "core" in given and self.narrow is not None:
                 # The point from before a lift must not come back over the one that is loaded.
-                self.narrow, self.right, self.armed = None, None, self._lift.moving
+                self.narrow, self.right, self.armed = None, None, self._is_moved
             for key, tensor in given.items():
                 _resize(own[key], tensor.shape)
         super()._load_from_state_dict(

@@ -29,6 +29,7 @@ factor is folded into the kernel) are ``G_i Q_i``, from the kernel's gradient.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -44,7 +45,7 @@ from geotucker._geometry import augment_all, gauge, tangent_core
 from ._contract import core_gradient, fold, without_autocast
 from ._lifted import Drift, Right, Use
 from ._maps import LayerMap, core_turned, modes_turned
-from ._plan import cheapest
+from ._plan import Contraction, Sizes, cheapest
 
 if TYPE_CHECKING:
     from ._layers import TuckerModule
@@ -76,6 +77,74 @@ def lifting(layer: "TuckerModule", layer_map: LayerMap, x: Tensor) -> Tensor:
     return output
 
 
+@dataclass
+class _Pass:
+    """A pass forward, as far as the backward pass needs it.
+
+    Activations are the graph's to keep and to drop (`save_for_backward`), and are here only while
+    one of the two runs. Core and factors are not: the lift writes to them.
+
+    Parameters
+    ----------
+    layer : TuckerModule
+    map : LayerMap
+    at, point : TuckerPoint
+        The point, with the weight's first axis first, and with the output's mode first.
+    dtype : torch.dtype, optional
+        That of autocast.
+    sizes : Sizes
+    order : Contraction
+    x : Tensor
+        Input of the layer, of that dtype.
+    rows : Tensor
+        The same in the form that the map takes.
+    a, b : Tensor, optional
+        What the kernel has been applied to, if that is not `rows` and was kept; what came of it,
+        if the output's factor came after it.
+    gauges : dict
+        By mode, what `_gauge` has found.
+    """
+
+    layer: "TuckerModule"
+    map: LayerMap
+    at: gt.TuckerPoint
+    point: gt.TuckerPoint
+    dtype: torch.dtype | None
+    sizes: Sizes
+    order: Contraction
+    x: Tensor
+    rows: Tensor
+    a: Tensor | None = None
+    b: Tensor | None = None
+    gauges: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, layer: "TuckerModule", layer_map: LayerMap, x: Tensor) -> "_Pass":
+        """Begin a pass."""
+        # The point shares memory with the parameters and keeps the old values when the lift gives
+        # them new memory.
+        at = layer.point if layer.narrow is None else layer.narrow
+        turned = core_turned(layer_map, at.core), tuple(modes_turned(layer_map, at.factors))
+        point, kind = gt.TuckerPoint(*turned), x.device.type
+        layer_map.check(x, point.shape[1])
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        x = _cast(x.detach(), dtype)
+        rows = layer_map.enter(x)
+        sizes = layer_map.sizes(rows, point.core, *point.factors[:2])
+        return cls(layer, layer_map, at, point, dtype, sizes, cheapest(sizes), x, rows)
+
+    def without_activations(self) -> "_Pass":
+        """Return what the graph need not keep."""
+        nothing = self.x.new_empty(0)
+        return replace(self, x=nothing, rows=nothing, a=None, b=None)
+
+    def with_activations(self, x: Tensor, a: Tensor | None, b: Tensor | None) -> "_Pass":
+        """Return the pass with what the graph has kept."""
+        one = replace(self, x=x, rows=self.map.enter(x), a=a, b=b)
+        one.a = _entered(one)
+        return one
+
+
 class _Lifting(torch.autograd.Function):
     """The chain of `_maps` by hand: forward in one gauge, backward in the other, then the lift."""
 
@@ -88,60 +157,52 @@ class _Lifting(torch.autograd.Function):
         layer: "TuckerModule",
         layer_map: LayerMap,
     ) -> Tensor:
-        # `core` is an argument so that the output asks for gradients. The point shares memory with
-        # the parameters and keeps the old values when the lift gives them new memory.
-        at = layer.point if layer.narrow is None else layer.narrow
-        turned = core_turned(layer_map, at.core), tuple(modes_turned(layer_map, at.factors))
-        # `point` has the output's mode first, `at` the weight's first axis.
-        ctx.at, ctx.point, ctx.map = at, gt.TuckerPoint(*turned), layer_map
-        point, kind = ctx.point, x.device.type
-        layer_map.check(x, point.shape[1])
-        ctx.layer, ctx.x, ctx.gauges = layer, x.detach(), {}
-        ctx.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        with without_autocast(point.core):
-            rows = layer_map.enter(_cast(ctx.x, ctx.dtype))
-            u_out, u_in = point.factors[:2]
-            ctx.sizes = layer_map.sizes(rows, point.core, u_out, u_in)
-            ctx.order = order = cheapest(ctx.sizes)
-            ctx.rows = rows
-            a = _entered(ctx)
-            own_bias = None if bias is None else _cast(bias.detach(), ctx.dtype)
-            b = None
+        # `core` is an argument so that the output asks for gradients.
+        with without_autocast(core):
+            one = _Pass.of(layer, layer_map, x)
+            point, order, dtype = one.point, one.order, one.dtype
+            one.a = a = _entered(one)
+            own_bias = None if bias is None else _cast(bias.detach(), dtype)
             if order.project_output:
-                gauged, s = _gauge(ctx, 0)
-                b = layer_map.apply(a, _kernel(ctx, gauged), None, order)
-                y = layer_map.spread_output(b, _cast(u_out @ s, ctx.dtype), own_bias)
+                gauged, s = _gauge(one, 0)
+                one.b = layer_map.apply(a, _kernel(one, gauged), None, order)
+                y = layer_map.spread_output(one.b, _cast(point.factors[0] @ s, dtype), own_bias)
             else:
-                y = layer_map.apply(a, _kernel(ctx, point.core), own_bias, order)
-        ctx.a, ctx.b = (a if a.numel() <= max(_KEPT, x.numel() // 8) else None), b
-        layer.sizes = ctx.sizes
+                y = layer_map.apply(a, _kernel(one, point.core), own_bias, order)
+        keeps = order.project_input and a.numel() <= max(_KEPT, x.numel() // 8)
+        # What autocast has not cast is the input itself, of which the graph notes later changes.
+        own = x if one.x.dtype == x.dtype else one.x
+        ctx.save_for_backward(own, a if keeps else None, one.b)
+        ctx.one, ctx.dtype = one.without_activations(), x.dtype
+        layer.sizes = one.sizes
         layer.uses += 1
-        return layer_map.leave(y, x)
+        # Detached: a view that a function returns could not be changed in place.
+        return layer_map.leave(y, x).detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        layer, layer_map, order, dtype = ctx.layer, ctx.map, ctx.order, ctx.dtype
-        with without_autocast(ctx.point.core):
-            if ctx.a is None:
-                ctx.a = _entered(ctx)
-            g = layer_map.enter_gradient(_cast(g, dtype), ctx.x)
+        layer, point = ctx.one.layer, ctx.one.point
+        with without_autocast(point.core):
+            one = ctx.one.with_activations(*ctx.saved_tensors)
+            layer_map, order, dtype = one.map, one.order, one.dtype
+            g = layer_map.enter_gradient(_cast(g, dtype), one.x)
             h = g
             if order.project_output:
-                h = layer_map.project_output(g, _cast(ctx.point.factors[0], dtype))
-            dx, grad_k_in = _input_gradients(ctx, h)
+                h = layer_map.project_output(g, _cast(point.factors[0], dtype))
+            dx, grad_k_in = _input_gradients(one, h, ctx.needs_input_grad[0])
             deliver(
                 layer,
-                ctx.at,
-                lambda: _use(ctx, g, h, grad_k_in),
+                one.at,
+                lambda: _use(one, g, h, grad_k_in),
                 lambda bases: core_gradient(
-                    layer_map, ctx.rows, g, [_cast(basis, dtype) for basis in bases]
+                    layer_map, one.rows, g, [_cast(basis, dtype) for basis in bases]
                 ),
             )
             bias = layer_map.bias_gradient(g) if ctx.needs_input_grad[2] else None
         if bias is not None:
             bias = bias.to(layer.bias.dtype)
-        return None if dx is None else dx.to(ctx.x.dtype), None, bias, None, None
+        return None if dx is None else dx.to(ctx.dtype), None, bias, None, None
 
 
 def deliver(
@@ -170,7 +231,9 @@ def deliver(
     waits = layer.uses > 1 or not layer.extension.galerkin or layer.peers is not None
     if extends and waits:
         _wait(layer, use())
-    elif extends or (layer.narrow is not None and _same(point, layer.narrow)):
+    elif extends:
+        _lift_alone(layer, use())
+    elif layer.narrow is not None and _same(point, layer.narrow):
         finish([(layer, [use()])])
     else:  # not to be lifted, or lifted by a pass at another point
         _accumulate(layer, elsewhere([factor.detach() for factor in layer.factors]))
@@ -195,6 +258,26 @@ def _wait(layer: "TuckerModule", use: Use) -> None:
     waiting[backward].setdefault(id(layer.core), []).append((layer, use))
 
 
+def _lift_alone(layer: "TuckerModule", use: Use) -> None:
+    """Form the whole gradient of a weight that is used once, and lift it at the end of the pass.
+
+    The graph may hold more that leads to the core, such as a penalty: what comes from there has
+    the narrow shape.
+    """
+    (wide,) = _extended([(layer, [use], use.directions)])
+    assert use.whole is not None
+    gradient = use.whole((use.point if wide is None else wide).factors)
+
+    def at_end() -> None:
+        with torch.no_grad():
+            if wide is not None:
+                layer.lift(wide, use.right)
+                layer.lifted_norm = gradient.abs().amax()
+            _accumulate(layer, gradient)
+
+    Variable._execution_engine.queue_callback(at_end)
+
+
 def finish(
     used: Sequence[tuple["TuckerModule", Sequence[Use]]], agree: _Agree = lambda points: points
 ) -> None:
@@ -213,7 +296,11 @@ def finish(
         for _, uses in used
     ]
     armed = [(*one, own) for one, own in zip(used, directions, strict=True) if one[0].armed]
-    lifted = _lift(armed, agree)
+    lifted = []
+    for (layer, uses, _), wide in zip(armed, agree(_extended(armed)), strict=True):
+        if wide is not None:
+            layer.lift(wide, uses[0].right)
+            lifted.append(layer)
     for (layer, uses), own in zip(used, directions, strict=True):
         gradient = _gradient(layer, uses, own)
         if layer in lifted:
@@ -221,10 +308,10 @@ def finish(
         _accumulate(layer, gradient)
 
 
-def _lift(
-    used: Sequence[tuple["TuckerModule", Sequence[Use], Sequence[Tensor]]], agree: _Agree
-) -> "list[TuckerModule]":
-    """Extend the bases by the directions; of layers where these are not finite, nothing happens."""
+def _extended(
+    used: Sequence[tuple["TuckerModule", Sequence[Use], Sequence[Tensor]]],
+) -> list[gt.TuckerPoint | None]:
+    """Return the points in bases extended by the directions; None where these are not finite."""
     points = [layer.point for layer, _, _ in used]
     moved = [
         _with_drift(directions, layer.extension.drift, uses[0].right, layer.loss_scale)
@@ -234,12 +321,7 @@ def _lift(
     for index, (_, _, directions) in enumerate(used):
         if wides[index] is None:  # the drift of a scaled loss may have overflown
             (wides[index],) = augment_all([points[index]], [directions])
-    lifted = []
-    for (layer, uses, _), wide in zip(used, agree(wides), strict=True):
-        if wide is not None:
-            layer.lift(wide, uses[0].right)
-            lifted.append(layer)
-    return lifted
+    return wides
 
 
 def _gradient(layer: "TuckerModule", uses: Sequence[Use], directions: Sequence[Tensor]) -> Tensor:
@@ -263,31 +345,31 @@ def _accumulate(layer: "TuckerModule", gradient: Tensor) -> None:
     layer.core.grad = gradient if layer.core.grad is None else layer.core.grad + gradient
 
 
-def _use(ctx: Any, g: Tensor, h: Tensor, grad_k_in: Tensor | None) -> Use:
+def _use(one: _Pass, g: Tensor, h: Tensor, grad_k_in: Tensor | None) -> Use:
     """Return what a use of the weight has for the gradients, in the order of the weight's axes."""
-    galerkin, core = ctx.layer.extension.galerkin, ctx.point.core
-    kernel = cache(lambda: _kernel_gradient(ctx, h))
+    galerkin, core = one.layer.extension.galerkin, one.point.core
+    kernel = cache(lambda: _kernel_gradient(one, h))
     directions: list[Tensor] = []
     right: list[Tensor | None] = []
-    if ctx.layer.armed or not galerkin:
-        directions = modes_turned(ctx.map, _directions(ctx, g, grad_k_in, kernel))
-    if ctx.layer.armed:
+    if one.layer.armed or not galerkin:
+        directions = modes_turned(one.map, _directions(one, g, grad_k_in, kernel))
+    if one.layer.armed:
         right = [
-            None if gauged is None else _ops.unfold(core_turned(ctx.map, gauged[0]), mode).T
-            for mode, gauged in enumerate(modes_turned(ctx.map, _gauges(ctx)))
+            None if gauged is None else _ops.unfold(core_turned(one.map, gauged[0]), mode).T
+            for mode, gauged in enumerate(modes_turned(one.map, _gauges(one)))
         ]
     if not galerkin:
-        seen = core_turned(ctx.map, _seen(ctx, kernel()))
-        return Use(ctx.at, directions, right, seen, None)
-    known = h if ctx.order.project_output else None, ctx.a if ctx.order.project_input else None
+        seen = core_turned(one.map, _seen(one, kernel()))
+        return Use(one.at, directions, right, seen, None)
+    known = h if one.order.project_output else None, one.a if one.order.project_input else None
 
     def whole(bases: Sequence[Tensor]) -> Tensor:
-        bases = [_cast(basis, ctx.dtype) for basis in bases]
+        bases = [_cast(basis, one.dtype) for basis in bases]
         with without_autocast(core):
-            gradient = core_gradient(ctx.map, ctx.rows, g, bases, known, core.shape)
+            gradient = core_gradient(one.map, one.rows, g, bases, known, core.shape)
         return gradient.to(core.dtype)
 
-    return Use(ctx.at, directions, right, None, whole)
+    return Use(one.at, directions, right, None, whole)
 
 
 def _with_drift(
@@ -306,86 +388,86 @@ def _same(a: gt.TuckerPoint, b: gt.TuckerPoint) -> bool:
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
+    """Cast as autocast does, which leaves float64 alone."""
+    left = dtype is None or not tensor.is_floating_point() or tensor.dtype == torch.float64
+    return tensor if left else tensor.to(dtype)
 
 
-def _entered(ctx: Any) -> Tensor:
+def _entered(one: _Pass) -> Tensor:
     """Return what the kernel is applied to."""
-    if not ctx.order.project_input:
-        rows: Tensor = ctx.rows
-        return rows
-    a: Tensor = ctx.map.project_input(ctx.rows, _cast(ctx.point.factors[1], ctx.dtype))
-    return a
+    if not one.order.project_input:
+        return one.rows
+    if one.a is not None:
+        return one.a
+    return one.map.project_input(one.rows, _cast(one.point.factors[1], one.dtype))
 
 
-def _gauge(ctx: Any, mode: int) -> tuple[Tensor, Tensor]:
+def _gauge(one: _Pass, mode: int) -> tuple[Tensor, Tensor]:
     """Return core and S_i in the gauge of a mode of `point`.
 
     It is that of the weight's core, whatever comes first here: a decomposition is unique up to
     rotations only, and the gradients of several uses add up in one of them.
     """
-    if mode not in ctx.gauges:
-        own = modes_turned(ctx.map, range(ctx.point.order))[mode]
-        core, s = gauge(ctx.at.core, own)
-        ctx.gauges[mode] = core_turned(ctx.map, core), s
-    gauged: tuple[Tensor, Tensor] = ctx.gauges[mode]
-    return gauged
+    if mode not in one.gauges:
+        own = modes_turned(one.map, range(one.point.order))[mode]
+        core, s = gauge(one.at.core, own)
+        one.gauges[mode] = core_turned(one.map, core), s
+    return one.gauges[mode]
 
 
-def _gauges(ctx: Any) -> list[tuple[Tensor, Tensor] | None]:
+def _gauges(one: _Pass) -> list[tuple[Tensor, Tensor] | None]:
     """Return the gauges of the modes, None where the basis is complete."""
-    complete = [factor.shape[0] == factor.shape[1] for factor in ctx.point.factors]
-    return [None if full else _gauge(ctx, mode) for mode, full in enumerate(complete)]
+    complete = [factor.shape[0] == factor.shape[1] for factor in one.point.factors]
+    return [None if full else _gauge(one, mode) for mode, full in enumerate(complete)]
 
 
-def _kernel(ctx: Any, core: Tensor) -> Tensor:
-    return _cast(fold(core, ctx.point.factors, ctx.order, ctx.sizes), ctx.dtype)
+def _kernel(one: _Pass, core: Tensor) -> Tensor:
+    return _cast(fold(core, one.point.factors, one.order, one.sizes), one.dtype)
 
 
-def _input_gradients(ctx: Any, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradient of the input, and with respect to K_in if U_in is projected."""
-    layer_map, order, wanted = ctx.map, ctx.order, ctx.needs_input_grad[0]
-    core, s = _gauge(ctx, 1) if order.project_input else (ctx.point.core, None)
+def _input_gradients(one: _Pass, h: Tensor, wanted: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradient of the input, if wanted, and of K_in, if U_in is projected."""
+    layer_map, order = one.map, one.order
+    core, s = _gauge(one, 1) if order.project_input else (one.point.core, None)
     if s is None and not wanted:
         return None, None
-    d = layer_map.input_gradient(h, _kernel(ctx, core), ctx.a, order)
+    d = layer_map.input_gradient(h, _kernel(one, core), _entered(one), order)
     if s is None:
-        return layer_map.leave_gradient(d, ctx.x), None
-    grad_k_in = layer_map.input_factor_gradient(ctx.rows, d)
+        return layer_map.leave_gradient(d, one.x), None
+    grad_k_in = layer_map.input_factor_gradient(one.rows, d)
     if not wanted:
         return None, grad_k_in
-    dx = layer_map.spread_input(d, _cast(ctx.point.factors[1] @ s, ctx.dtype))
-    return layer_map.leave_gradient(dx, ctx.x), grad_k_in
+    dx = layer_map.spread_input(d, _cast(one.point.factors[1] @ s, one.dtype))
+    return layer_map.leave_gradient(dx, one.x), grad_k_in
 
 
 def _directions(
-    ctx: Any, g: Tensor, grad_k_in: Tensor | None, kernel: Callable[[], Tensor]
+    one: _Pass, g: Tensor, grad_k_in: Tensor | None, kernel: Callable[[], Tensor]
 ) -> list[Tensor]:
     """Return the ``grad_{K_i} L`` of all modes; of modes whose basis is complete, nothing."""
-    order, core = ctx.order, ctx.point.core
-    found = []
-    for mode, gauged in enumerate(_gauges(ctx)):
+    core, found = one.point.core, []
+    for mode, gauged in enumerate(_gauges(one)):
         if gauged is None:
-            direction = ctx.point.factors[mode][:, :0]
-        elif mode == 0 and order.project_output:
-            direction = ctx.map.output_factor_gradient(g, ctx.b)
+            direction = one.point.factors[mode][:, :0]
+        elif mode == 0 and one.b is not None:
+            direction = one.map.output_factor_gradient(g, one.b)
         elif mode == 1 and grad_k_in is not None:
             direction = grad_k_in
         else:
-            others = _seen(ctx, kernel(), mode)
+            others = _seen(one, kernel(), mode)
             direction = _ops.unfold(others, mode) @ _ops.unfold(gauged[0], mode).T
         found.append(direction.to(core.dtype))
     return found
 
 
-def _kernel_gradient(ctx: Any, h: Tensor) -> Tensor:
-    gradient: Tensor = ctx.map.kernel_gradient(ctx.a, h, ctx.order)
-    return gradient.to(ctx.point.core.dtype)
+def _kernel_gradient(one: _Pass, h: Tensor) -> Tensor:
+    gradient = one.map.kernel_gradient(_entered(one), h, one.order)
+    return gradient.to(one.point.core.dtype)
 
 
-def _seen(ctx: Any, kernel: Tensor, skip: int | None = None) -> Tensor:
+def _seen(one: _Pass, kernel: Tensor, skip: int | None = None) -> Tensor:
     """See the kernel's gradient through the bases of its modes, but `skip`."""
-    projected = [mode for mode, done in enumerate(ctx.order) if done]  # seen through them already
+    projected = [mode for mode, done in enumerate(one.order) if done]  # seen through them already
     skipped = projected if skip is None else [*projected, skip]
-    seen: Tensor = _ops.multi_mode_product(kernel, ctx.point.factors, transpose=True, skip=skipped)
+    seen: Tensor = _ops.multi_mode_product(kernel, one.point.factors, transpose=True, skip=skipped)
     return seen

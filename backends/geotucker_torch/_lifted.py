@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from torch import Tensor
+from torch import Tensor, nn
 
 import geotucker as gt
 from geotucker._moments import regauge
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ._layers import TuckerModule
     from ._peers import Peers
 
-__all__ = ["Drift", "Extension", "Lift", "Right", "Use", "Waiting"]
+__all__ = ["Drift", "Extension", "Lift", "Right", "Use", "Waiting", "regauged"]
 
 
 Right: TypeAlias = Sequence[Tensor | None]
@@ -26,14 +26,18 @@ class Drift(NamedTuple):
     Parameters
     ----------
     parts : tuple of Tensor, shapes (n_i, r_i)
-        ``Kdot_i``, in the units of the optimizer's gradients.
+        ``Kdot_i``, of the moment.
     right : Right
         The Q_i of ``Kdot_i Q_i^T`` that they stand for, those of the core when the bases moved
         last.
+    weight : callable
+        Gives how much of the moment goes into the next step, in the units of a gradient. It is
+        asked when the bases move: schedulers change momentum between steps.
     """
 
     parts: tuple[Tensor, ...]
     right: Right
+    weight: Callable[[], float]
 
     def fits(self, right: Right) -> bool:
         """Tell whether they are of the ranks that these Q_i have; others may have been loaded."""
@@ -41,8 +45,14 @@ class Drift(NamedTuple):
         return all(mode in new and q.shape == new[mode].shape for mode, q in old.items())
 
     def at(self, right: Right) -> tuple[Tensor, ...]:
-        """Return the parts that stand for the same, as far as it is tangent, with other Q_i."""
-        return regauge(self.parts, _by_mode(self.right), _by_mode(right))
+        """Return what it adds to the directions, with other Q_i, as far as it is tangent."""
+        weight = self.weight()
+        return tuple(weight * part for part in regauged(self.parts, self.right, right))
+
+
+def regauged(parts: Sequence[Tensor], old: Right, new: Right) -> tuple[Tensor, ...]:
+    """Return the parts that stand for the same, as far as it is tangent, with other Q_i."""
+    return regauge(parts, _by_mode(old), _by_mode(new))
 
 
 def _by_mode(right: Right) -> dict[int, Tensor]:
@@ -95,8 +105,9 @@ class Lift:
     Layers that are tied, that is have the same core and factors, have the same record too.
     """
 
-    # Set by an optimizer: it moves the bases, so that ranks may change in any step.
-    moving: bool = False
+    # Set by an optimizer: the core that it trains, of which it moves the bases, so that ranks may
+    # change in any step.
+    trained: nn.Parameter | None = None
     # Set by an optimizer: the processes whose gradients are averaged with those here (`_peers`).
     peers: "Peers | None" = None
     # Set by an optimizer: the next backward pass shall extend the bases, and how (see `_lift`).
@@ -122,8 +133,8 @@ class Lift:
 
         One that is copied together with its model tells the copy what is to be.
         """
-        of_optimizer = {"moving": False, "peers": None, "armed": False, "uses": 0, "waiting": {}}
-        return {**self.__dict__, **of_optimizer}
+        bare, own = Lift(), ("trained", "peers", "armed", "extension", "uses", "waiting")
+        return {**self.__dict__, **{name: getattr(bare, name) for name in own}}
 
     def forget_uses(self) -> None:
         """Start to count again, and drop what a backward pass that has failed left behind."""

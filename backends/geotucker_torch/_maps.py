@@ -418,7 +418,8 @@ class ConvMap:
         """See `LayerMap`."""
         if self.groups == 1:
             return _correlate(g, b)
-        g, b = (t.reshape(t.shape[0], self.groups, -1, math.prod(t.shape[2:])) for t in (g, b))
+        size = self.groups
+        g, b = (t.reshape(len(t), size, t.shape[1] // size, math.prod(t.shape[2:])) for t in (g, b))
         return (g @ b.mT).sum(0).flatten(0, 1)
 
     def bias_gradient(self, g: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from geotucker._integrators._base import observed
 from geotucker._ranks import Sensitivities
 
 from ._collectives import phase
+from ._contract import without_autocast
 from ._finite import Largest, Verdict, check_finite, largest_of
 from ._guard import Before, restored_if_it_fails
 from ._history import RankHistory
@@ -48,6 +49,11 @@ _EARLY = 1000  # heuristic, from LeNet-5: with every second step from the start 
 
 # Adafactor's, over rows and over columns: of as many dimensions as the parameter, but smaller.
 _SUMS = ("row_var", "col_var")
+
+
+def _of_wrapped(name: str) -> Any:
+    """Return a method that is the wrapped optimizer's."""
+    return lambda self, *given, **named: getattr(self.wrapped, name)(*given, **named)
 
 
 class TDLRT(Optimizer):
@@ -222,7 +228,9 @@ class TDLRT(Optimizer):
         self._ended = time.perf_counter()
         for slot in slots:
             point = slot.point
-            if (same := orthonormal(point)) is not point:
+            with without_autocast(point.core):
+                same = orthonormal(point)
+            if same is not point:
                 slot.write(same)
             for factor in slot.factors:  # Adagrad makes its state beforehand
                 self.state.pop(factor, None)
@@ -280,8 +288,33 @@ class TDLRT(Optimizer):
         return self._model
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group to the wrapped optimizer."""
-        self.wrapped.add_param_group(param_group)
+        """Add a parameter group to the wrapped optimizer.
+
+        Raises
+        ------
+        ValueError
+            If it has parameters of a Tucker tensor whose core was in no group when this was built:
+            its bases would not move.
+        """
+        given = param_group["params"]
+        given = [given] if torch.is_tensor(given) else list(given)
+        group = {
+            parameter[-1] if isinstance(parameter, tuple) else parameter for parameter in given
+        }
+        known = {slot.core for slot in self._slots}
+        for slot in find_slots(self._model):
+            if slot.core not in known and not group.isdisjoint((slot.core, *slot.factors)):
+                raise ValueError(
+                    f"param_group: expected no parameters of {slot.name!r}, a Tucker tensor whose "
+                    "bases this TDLRT does not move, got some; build it on an optimizer that has "
+                    "them, and freeze the layer by requires_grad_(False) until its time comes"
+                )
+        self.wrapped.add_param_group({**param_group, "params": given})
+
+    register_state_dict_pre_hook = _of_wrapped("register_state_dict_pre_hook")
+    register_state_dict_post_hook = _of_wrapped("register_state_dict_post_hook")
+    register_load_state_dict_pre_hook = _of_wrapped("register_load_state_dict_pre_hook")
+    register_load_state_dict_post_hook = _of_wrapped("register_load_state_dict_post_hook")
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of all parameters, factors included.
@@ -365,8 +398,9 @@ class TDLRT(Optimizer):
         layers = layers_of(self._slots)
         # A shallow copy has the layers of the other; of a layer that holds its optimizer nothing
         # but the object is there yet.
-        if all("_lift" in vars(layer) and not layer._lift.moving for layer in layers):
+        if all("_lift" in vars(layer) and layer._lift.trained is None for layer in layers):
             self._disarm_at_the_end(_share_lifts(self._slots))
+            self._arm()
             for layer, lift in zip(layers, lifts, strict=True):
                 layer.restore_lift(lift)
 
@@ -408,7 +442,7 @@ class TDLRT(Optimizer):
                 "process_group: expected torch.distributed to be initialised before TDLRT is built "
                 "(and the optimizer not to be a copy), got it initialised afterwards"
             )
-        began, bases = time.perf_counter(), 0.0
+        began = time.perf_counter()
         if self._verdict is not None:
             verdict, self._verdict = self._verdict, None
             verdict.check()
@@ -420,43 +454,56 @@ class TDLRT(Optimizer):
                 "calls backward and returns the loss; got None. The bases of "
                 f"{', '.join(slot.name for slot in foreign)} are extended between two passes of it"
             )
-        loss, sensitivities = None, self._sensitivities
+        loss = None
         with restored_if_it_fails(self, self._slots) as start, torch.no_grad():
             previous = [slot.settled_ranks for slot in slots]
             self._forget_other_ranks(slots)
             right: dict[str, Right] = {}
             if closure is not None:
                 loss, right = self._evaluate(torch.enable_grad()(closure), foreign)
-            self._tell("step")
-            for slot in self._slots:  # no optimizer steps bases
-                for factor in slot.factors:
-                    factor.grad = None
-            with phase("step"):
-                largest = self._largest_gradients()  # which asks for those of tensors in parts
-            right |= self._settle(slots)
-            before = [slot.core.detach().clone() for slot in slots]
-            self.wrapped.step()
-            self._scale_steps(slots, previous, before)
-            cores = [(f"{slot.name}.core after the step", slot.core) for slot in slots]
-            self._check([*largest, *largest_of(cores)], start)
-            if self._moves_bases:
-                self._tell("truncation")
-                bases = -time.perf_counter()
-                moves = list(map(_Move, slots, previous, before))
-                ruled = [move for move in moves if self._rules.owner(move.slot.name) is not None]
-                free = [move for move in moves if self._rules.owner(move.slot.name) is None]
-                facts, sensitivities = self._facts(ruled)
-                self._write_cuts([*self._truncate(ruled, facts), *self._follow(free, right)])
-                bases += time.perf_counter()
-                if self.peers is not None:
-                    self.peers.agree(self.state)
-            self._steps += 1
-            self._left, self._sensitivities = self.ranks, sensitivities
-            self._history = self._history.after(self._steps, self._left)
-            self._arm()
+            with without_autocast(self._slots[0].core):
+                bases = self._take_step(slots, previous, right, start)
         self._tell("the time between steps")
         self._note_seconds(began, bases)
         return loss
+
+    def _take_step(
+        self,
+        slots: list[Slot],
+        previous: Sequence[tuple[int, ...]],
+        right: dict[str, Right],
+        start: Before,
+    ) -> float:
+        """Take the step that the gradients ask for; return how long the bases took."""
+        bases, sensitivities = 0.0, self._sensitivities
+        self._tell("step")
+        for slot in self._slots:  # no optimizer steps bases
+            for factor in slot.factors:
+                factor.grad = None
+        with phase("step"):
+            largest = self._largest_gradients()  # which asks for those of tensors in parts
+        right |= self._settle(slots)
+        before = [slot.core.detach().clone() for slot in slots]
+        self.wrapped.step()
+        self._scale_steps(slots, previous, before)
+        cores = [(f"{slot.name}.core after the step", slot.core) for slot in slots]
+        self._check([*largest, *largest_of(cores)], start)
+        if self._moves_bases:
+            self._tell("truncation")
+            bases = -time.perf_counter()
+            moves = list(map(_Move, slots, previous, before))
+            ruled = [move for move in moves if self._rules.owner(move.slot.name) is not None]
+            free = [move for move in moves if self._rules.owner(move.slot.name) is None]
+            facts, sensitivities = self._facts(ruled)
+            self._write_cuts([*self._truncate(ruled, facts), *self._follow(free, right)])
+            bases += time.perf_counter()
+            if self.peers is not None:
+                self.peers.agree(self.state)
+        self._steps += 1
+        self._left, self._sensitivities = self.ranks, sensitivities
+        self._history = self._history.after(self._steps, self._left)
+        self._arm()
+        return bases
 
     def _tell(self, where: str) -> None:
         """Tell the other processes, if there are any, where this one is."""
@@ -487,7 +534,8 @@ class TDLRT(Optimizer):
             loss = closure()
         if extend:
             check_finite(self._largest_gradients())
-            right = self._extend(foreign)
+            with without_autocast(foreign[0].core):
+                right = self._extend(foreign)
             with _factors_require_grad(foreign, False):
                 closure()
         return loss, right
@@ -500,6 +548,9 @@ class TDLRT(Optimizer):
                 moving = self._drift(slot) if armed else None
                 slot.layer.armed = armed and slot.layer.narrow is None
                 slot.layer.extension = Extension(self.integrator == "tdlrt", moving)
+            if slot.layer is not None and self.one_pass:
+                for factor in slot.factors:  # whatever has been frozen, and thawed, as a whole
+                    factor.requires_grad_(False)
 
     def _drift(self, slot: Slot) -> Drift | None:
         """Return how the moments of a core are about to move its bases."""
@@ -622,7 +673,9 @@ class TDLRT(Optimizer):
         self, moves: "Sequence[_Move]", facts: Sequence[gt.Facts]
     ) -> "list[tuple[Slot, gt.Truncation]]":
         """Truncate cores by the rule."""
-        rule = self._rules.in_force(self._steps, [move.slot.name for move in moves])
+        names = [move.slot.name for move in moves]
+        frozen = [slot for slot in self._slots if slot.name not in names]
+        rule = self._rules.in_force(self._steps, names, frozen)
         points = [move.slot.point for move in moves]
         cuts = gt.truncate(points, rule, facts)
         return [(move.slot, cut) for move, cut in zip(moves, cuts, strict=True)]
@@ -681,8 +734,8 @@ class TDLRT(Optimizer):
 def _disarm(layers: list[TuckerModule], waiting: Waiting, peers: Peers | None) -> None:
     for layer in layers:
         if layer.waiting is waiting:  # and not that of a later optimizer
-            layer.armed = layer._lift.moving = False
-            layer.peers = None
+            layer.armed = False
+            layer.peers = layer._lift.trained = None
     if peers is not None:
         peers.leave()
 
@@ -709,8 +762,7 @@ def _share_lifts(slots: Sequence[Slot]) -> Waiting:
         if slot.layer is not None:
             lift = slot.layer._lift if slot.layer._lift not in taken else Lift()
             taken.append(lift)
-            lift.moving = True
-            lift.waiting = waiting
+            lift.trained, lift.waiting = slot.core, waiting
             for layer in slot.layers:
                 layer._lift = lift
     return waiting

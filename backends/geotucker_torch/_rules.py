@@ -94,10 +94,11 @@ class Rules:
         """Return the pattern whose rule is for the tensor of this name, None if there is none."""
         return next((pattern for pattern in self.rules if fnmatchcase(name, pattern)), None)
 
-    def in_force(self, step: int, names: Sequence[str]) -> gt.RankRule:
+    def in_force(self, step: int, names: Sequence[str], frozen: Sequence[Slot] = ()) -> gt.RankRule:
         """Return one rule for the tensors of these names, as it is at a step.
 
-        Those that no rule is for keep their previous ranks (`geotucker.Facts`).
+        Those that no rule is for keep their previous ranks (`geotucker.Facts`). Of a budget they
+        have what tensors that are `frozen` leave, and their own share at least.
         """
         owners = [self.owner(name) for name in names]
 
@@ -110,7 +111,9 @@ class Rules:
             for pattern, own in self.rules.items():
                 members = [i for i, owner in enumerate(owners) if owner == pattern]
                 if members:
-                    ranks = in_force(own, step)([spectra[i] for i in members])
+                    seen = [spectra[i] for i in members]
+                    beside = [slot for slot in frozen if self.owner(slot.name) == pattern]
+                    ranks = _what_is_left(in_force(own, step), seen, beside)(seen)
                     chosen.update(zip(members, map(tuple, ranks), strict=True))
             return [chosen[i] for i in range(len(spectra))]
 
@@ -119,6 +122,41 @@ class Rules:
     def __str__(self) -> str:
         """Show the rules."""
         return ", ".join(f"{pattern}: {rule}" for pattern, rule in self.rules.items()) or "as now"
+
+
+def _what_is_left(
+    rule: gt.RankRule, spectra: Sequence[gt.Spectrum], frozen: Sequence[Slot]
+) -> gt.RankRule:
+    """Return what a budget leaves for tensors beside others that stay as they are."""
+    if not (isinstance(rule, gt.Budget) and frozen):
+        return rule
+    unit = next(u for u in ("parameters", "bytes", "flops") if getattr(rule, u) is not None)
+    amount = getattr(rule, unit)
+    own = sum(
+        _sizes(unit, spectrum.shape, spectrum.shape, spectrum.itemsize, spectrum.facts.flops)[1]
+        for spectrum in spectra
+    )
+    others = [
+        _sizes(unit, slot.point.shape, slot.point.ranks, slot.core.element_size(), flops_of(slot))
+        for slot in frozen
+    ]
+    taken, dense = (sum(sizes) for sizes in zip(*others, strict=True))
+    total = amount * (own + dense) if isinstance(amount, float) else amount
+    left = max(total - taken, total * own / (own + dense))
+    if isinstance(amount, float):
+        return dataclasses.replace(rule, **{unit: min(left / own, 1.0)})
+    return dataclasses.replace(rule, **{unit: max(int(left), 1)})
+
+
+def _sizes(
+    unit: str, shape: Ranks, ranks: Ranks, itemsize: int, cost: gt.Cost | None
+) -> tuple[int, int]:
+    """Return what a tensor takes at some ranks, and as a dense one."""
+    if unit == "flops":
+        return (0, 0) if cost is None else (int(cost.tucker(ranks)), cost.dense)
+    size = itemsize if unit == "bytes" else 1
+    entries = math.prod(ranks) + sum(n * r for n, r in zip(shape, ranks, strict=True))
+    return size * entries, size * math.prod(shape)
 
 
 def _previous(spectrum: gt.Spectrum) -> Ranks:

@@ -13,6 +13,7 @@ import geotucker as gt
 from geotucker._ranks import tail_norms
 from geotucker._ranks._base import smallest_rank
 
+from ._contract import without_autocast
 from ._layers import TuckerModule
 from ._modules import blamed_on
 from ._optimizer import TDLRT
@@ -238,7 +239,7 @@ def _tucker(slot: Slot, model: nn.Module, history: Mapping[int, Ranks]) -> Weigh
         raise ValueError(
             f"source: expected weights with values, got {slot.name!r} on the meta device"
         )
-    with blamed_on(slot.name):
+    with blamed_on(slot.name), without_autocast(point.core):
         values = gt.spectrum(orthonormal(_single(point))).values
     cost = flops_of(slot)
     return WeightSpectra(

@@ -8,6 +8,7 @@ moved last: in the steps after that the core moves alone.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ import geotucker as gt
 from geotucker._geometry import right_bases_of
 from geotucker._moments import carry, lift, lift_squares, rotate_squares, zero
 
-from ._lifted import Drift, Right
+from ._lifted import Drift, Right, regauged
 
 __all__ = [
     "TANGENT",
@@ -53,8 +54,8 @@ def lift_state(
     def lifted(key: str, moment: Tensor) -> Tensor:
         if key in _SECOND:
             return lift_squares(moment, wide.ranks)
-        own = Drift(tangent[key], tangent[_RIGHT]) if key in tangent else None
-        parts = zero(point) if own is None else own.at(right)
+        own = tangent.get(key)
+        parts = zero(point) if own is None else regauged(own, tangent[_RIGHT], right)
         return lift(point, wide, gt.TuckerTangent(moment, parts), right)
 
     return _mapped(state, point.ranks, lifted)
@@ -120,12 +121,30 @@ def drift(state: Mapping[str, Any], group: Mapping[str, Any]) -> Drift | None:
     """
     tangent = state.get(TANGENT, {})
     if "momentum_buffer" in tangent and "square_avg" not in state:
-        key, weight = "momentum_buffer", group["momentum"] / (1.0 - group.get("dampening", 0.0))
+        key, weight = "momentum_buffer", partial(_share_of_velocity, group)
     elif "exp_avg" in tangent and "betas" in group:
-        key, weight = "exp_avg", group["betas"][0] / (1.0 - group["betas"][0])
+        key, weight = "exp_avg", partial(_share_of_mean, group)
     else:
         return None
-    return Drift(tuple(weight * part for part in tangent[key]), tangent[_RIGHT])
+    return Drift(tangent[key], tangent[_RIGHT], weight)
+
+
+def _share_of_velocity(group: Mapping[str, Any]) -> float:
+    """Return what the last velocity counts in the next one, per unit of the gradient."""
+    # Muon's velocity is a mean, whose gradients count 1 - momentum.
+    lost = group["momentum"] if "ns_steps" in group else group.get("dampening", 0.0)
+    return _share(group, group["momentum"], 1.0 - lost)
+
+
+def _share_of_mean(group: Mapping[str, Any]) -> float:
+    """Return what the last mean counts in the next one, per unit of the gradient."""
+    return _share(group, group["betas"][0], 1.0 - group["betas"][0])
+
+
+def _share(group: Mapping[str, Any], kept: float, taken: float) -> float:
+    if not taken:  # gradients count nothing: neither do bases that they have turned
+        return 0.0
+    return (-kept if group.get("maximize", False) else kept) / taken
 
 
 def _mapped(

@@ -129,18 +129,19 @@ class _Lifting(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, core: Tensor, layer: "TuckerTensorEmbedding") -> Tensor:
         # As in `_lift`: the point keeps the old values when the lift gives parameters new memory.
         point = layer.point if layer.narrow is None else layer.narrow
-        ctx.layer, ctx.point, ctx.x = layer, point, x
+        ctx.layer, ctx.point = layer, point
+        ctx.save_for_backward(x)
         layer.sizes = ctx.sizes = layer.sizes_for(len(x))
         layer.uses += 1
         rows, columns = point.factors[: layer.row_modes], point.factors[layer.row_modes :]
-        return tensor_lookup(x, point.core, rows, columns)
+        return tensor_lookup(x, point.core, rows, columns).detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        layer, point = ctx.layer, ctx.point
+        layer, point, (x,) = ctx.layer, ctx.point, ctx.saved_tensors
         with without_autocast(point.core):
-            seen = _Seen(ctx.x, g, point, ctx.sizes)
+            seen = _Seen(x, g, point, ctx.sizes)
             deliver(layer, point, lambda: seen.use(layer), seen.core_in)
         return None, None, None
 

@@ -170,26 +170,27 @@ class _Lifting(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, core: Tensor, layer: "TuckerTensorLinear") -> Tensor:
         # As in `_lift`: the point keeps the old values when the lift gives parameters new memory.
         point = layer.point if layer.narrow is None else layer.narrow
-        kind = x.device.type
-        ctx.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        kind, ctx.dtype = x.device.type, x.dtype
+        if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+            ctx.dtype = torch.get_autocast_dtype(kind)
         ctx.layer, ctx.point, ctx.x_dtype = layer, point, x.dtype
-        ctx.x = x.detach().to(ctx.dtype)
+        ctx.save_for_backward(x.to(ctx.dtype))
         # The core is folded in its own precision.
         out_factors, in_factors = _split(point.factors, layer)
         layer.sizes = ctx.sizes = layer.sizes_for(len(x))
         layer.uses += 1
-        return tensor_linear(x.detach(), point.core, out_factors, in_factors)
+        return tensor_linear(x.detach(), point.core, out_factors, in_factors).detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        layer, point = ctx.layer, ctx.point
+        layer, point, (x,) = ctx.layer, ctx.point, ctx.saved_tensors
         g = g.to(ctx.dtype)
         dx = None
         with without_autocast(point.core):
             if ctx.needs_input_grad[0]:
                 dx = _adjoint(ctx, g).to(ctx.x_dtype)
-            seen = Seen(ctx.x, g, point, ctx.sizes)
+            seen = Seen(x, g, point, ctx.sizes)
             deliver(layer, point, lambda: seen.use(layer), seen.core_in)
         return dx, None, None
 

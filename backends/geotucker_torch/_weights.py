@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import geotucker as gt
 
 from ._attention import PROJECTIONS, TuckerMultiheadAttention, join_state, split_state
-from ._contract import dense_weight
+from ._contract import dense_weight, without_autocast
 from ._guard import untouched_if_loading_fails
 from ._layers import decompose, rescaled, tucker_state
 from ._modules import check_model
@@ -246,7 +246,8 @@ def _to_tucker(
         _decomposed(slot.name, weight.reshape(slot.point.shape))
         for slot, weight in zip(slots, weights, strict=True)
     ]
-    cuts = gt.truncate(points, rule, facts)
+    with without_autocast(weights[0]):
+        cuts = gt.truncate(points, rule, facts)
     for (_, prefixes), weight, cut in zip(found, weights, cuts, strict=True):
         point = rescaled(cut.point, weight, rescale)
         for prefix in prefixes:

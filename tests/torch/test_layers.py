@@ -382,7 +382,7 @@ def test_other_ranks_load_while_an_older_loss_is_alive() -> None:
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_a_loaded_state_outlives_a_lift_that_no_step_has_used(ranks: int) -> None:
     layer, source = TuckerLinear(10, 8, ranks=2), TuckerLinear(10, 8, ranks=ranks)
-    layer.armed = layer._lift.moving = True  # as an optimizer sets them
+    layer.armed, layer._lift.trained = True, layer.core  # as an optimizer sets them
     layer(torch.randn(4, 10)).sum().backward()
     assert layer.narrow is not None
     layer.load_state_dict(source.state_dict())

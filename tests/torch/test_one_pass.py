@@ -137,7 +137,7 @@ def test_micro_batches_add_up_in_the_bases_of_the_first():
     assert optimizer.ranks == {"0": (6, 6), "2": (6, 6)}
     joined = [copy.deepcopy(layer.core.grad) for layer in (model[0], model[2])]
     for layer in (model[0], model[2]):
-        layer.core.grad = None
+        layer.core.grad.zero_()
     (model(x) - y).square().sum().backward()  # the whole batch in the same wide bases
     for layer, grad in zip((model[0], model[2]), joined, strict=True):
         torch.testing.assert_close(layer.core.grad, grad, rtol=0, atol=1e-12)
