@@ -275,7 +275,7 @@ class TuckerModule(nn.Module):
     def _contracted(self, layer_map: LayerMap, x: Tensor) -> Tensor:
         if self._lifts:
             return lifting(self, layer_map, x)
-        return contract(layer_map, x, self.core, list(self.factors), self.bias)
+        return contract(layer_map, x, self.core, self._bases, self.bias)
 
     def _uncompiled(self, run: Callable[..., Tensor], *arguments: Any) -> Tensor:
         """Call a function, outside of compiled graphs where an optimizer moves the bases."""
@@ -295,6 +295,17 @@ class TuckerModule(nn.Module):
         return run(*arguments)
 
     @property
+    def _bases(self) -> list[Tensor]:
+        """The factors as a pass that lifts nothing sees them."""
+        alone = self.extension.alone and self._is_own
+        return [factor.detach() if alone else factor for factor in self.factors]
+
+    @property
+    def _is_own(self) -> bool:
+        """Whether the core is that which an optimizer trains, not one of a functional call."""
+        return self.core is self._lift.trained
+
+    @property
     def _is_moved(self) -> bool:
         """Whether an optimizer moves the bases."""
         return self._lift.trained is not None
@@ -304,8 +315,7 @@ class TuckerModule(nn.Module):
         """Whether the backward of a pass that is made now brings its gradient by `_lift`."""
         if not (self.armed or self.is_lifted) or not torch.is_grad_enabled():
             return False
-        own = self.core is self._lift.trained  # and not given to a functional call
-        return own and self.core.requires_grad and not _is_transformed()
+        return self._is_own and self.core.requires_grad and not _is_transformed()
 
     @property
     def is_lifted(self) -> bool:

@@ -69,10 +69,14 @@ class Extension(NamedTuple):
         Whether the gradient of the wider core is the whole one or a tangent vector.
     drift : Drift, optional
         What the optimizer's moments add to the directions.
+    alone : bool
+        Whether it does so in its own backward pass. Factors have no gradients then in steps
+        between, whoever asks for them: they would count in norms that are clipped.
     """
 
     galerkin: bool = True
     drift: Drift | None = None
+    alone: bool = False
 
 
 class Use(NamedTuple):

@@ -547,10 +547,8 @@ class TDLRT(Optimizer):
             if slot.layer is not None:
                 moving = self._drift(slot) if armed else None
                 slot.layer.armed = armed and slot.layer.narrow is None
-                slot.layer.extension = Extension(self.integrator == "tdlrt", moving)
-            if slot.layer is not None and self.one_pass:
-                for factor in slot.factors:  # whatever has been frozen, and thawed, as a whole
-                    factor.requires_grad_(False)
+                galerkin = self.integrator == "tdlrt"
+                slot.layer.extension = Extension(galerkin, moving, self.one_pass)
 
     def _drift(self, slot: Slot) -> Drift | None:
         """Return how the moments of a core are about to move its bases."""
@@ -734,7 +732,7 @@ class TDLRT(Optimizer):
 def _disarm(layers: list[TuckerModule], waiting: Waiting, peers: Peers | None) -> None:
     for layer in layers:
         if layer.waiting is waiting:  # and not that of a later optimizer
-            layer.armed = False
+            layer.armed, layer.extension = False, Extension()
             layer.peers = layer._lift.trained = None
     if peers is not None:
         peers.leave()

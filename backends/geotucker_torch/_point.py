@@ -53,6 +53,7 @@ def write_point(core: nn.Parameter, factors: Iterable[nn.Parameter], point: gt.T
                 own = own.clone()
             # Not `parameter.data = ...`, which breaks graphs and optimizer state.
             parameter.set_(own)  # type: ignore[call-overload]
+    torch.clear_autocast_cache()  # which goes by the objects
 
 
 def orthonormal(point: gt.TuckerPoint) -> gt.TuckerPoint:

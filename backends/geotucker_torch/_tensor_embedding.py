@@ -154,7 +154,7 @@ class TuckerTensorEmbedding(TensorModule, EmbeddingModule):
     def _rows(self, x: Tensor) -> Tensor:
         if self._lifts:
             return lifting_lookup(self, x).flatten(1)
-        factors, rows = list(self.factors), self.row_modes
+        factors, rows = self._bases, self.row_modes
         return tensor_lookup(x, self.core, factors[:rows], factors[rows:]).flatten(1)
 
     def sizes_for(self, batch: int) -> TensorSizes:

@@ -104,7 +104,7 @@ class TuckerTensorLinear(TensorModule):
         return self._uncompiled(self._applied, x)
 
     def _applied(self, x: Tensor) -> Tensor:
-        batch, factors, outputs = self._entered(x), list(self.factors), self.row_modes
+        batch, factors, outputs = self._entered(x), self._bases, self.row_modes
         if self._lifts:
             return self._left(lifting_tensorised(self, batch), x)
         return self._left(tensor_linear(batch, self.core, factors[:outputs], factors[outputs:]), x)

@@ -199,3 +199,49 @@ def test_descent_safe_truncation_never_costs_more_than_the_step_has_won():
     assert all(after < before for before, after in pairwise(safe))
     coarse = losses(gt.Tolerance(0.7))
     assert any(after > before for before, after in pairwise(coarse))
+
+
+@pytest.mark.parametrize("unit", ["parameters", "bytes", "flops"])
+@pytest.mark.parametrize("share", [True, False])
+def test_what_is_frozen_counts(unit, share):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)
+    )
+    model = factorize(model, 8, verbose=False)
+    x = torch.randn(64, 64)
+    tensors = 3 * (64 + 2 * 64 * 8)
+    amount = {"parameters": tensors + 3 * 64, "bytes": 4 * (tensors + 3 * 64)}.get(unit, 0)
+    dense = {"parameters": 3 * 64 * 65, "bytes": 12 * 64 * 65}.get(unit, 1)
+    if unit == "flops":
+        amount, dense = 3 * 64 * (64 + 2 * 64 * 8), 3 * 64 * 64 * 64
+    budget = gt.Budget(**{unit: amount / dense if share else amount})
+    optimizer = TDLRT(torch.optim.SGD(model.parameters(), lr=0.1), model, budget)
+    for _ in range(10):
+        optimizer.zero_grad()
+        (model(x) - x).square().mean().backward()
+        model[0].requires_grad_(False)  # after a pass, in which operations are counted
+        model[0].core.grad = None
+        optimizer.step()
+    assert optimizer.ranks["0"] == (8, 8)
+    assert {optimizer.ranks["2"], optimizer.ranks["4"]} <= {(r, r) for r in range(6, 11)}
+    sizes = sum(layer.point.size for layer in (model[0], model[2], model[4]))
+    assert 0.97 * tensors <= sizes <= tensors
+
+
+def test_what_is_frozen_beyond_its_share_leaves_the_others_theirs():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Tanh(), nn.Linear(64, 64, bias=False))
+    model = factorize(model, 20, verbose=False)
+    optimizer = TDLRT(torch.optim.SGD(model.parameters(), lr=0.1), model, gt.Budget(parameters=0.2))
+    model[0].requires_grad_(False)
+    x = torch.randn(64, 64)
+    for frozen in (True, False):
+        for _ in range(3):
+            optimizer.zero_grad()
+            (model(x) - x).square().mean().backward()
+            optimizer.step()
+        assert (optimizer.ranks["0"] == (20, 20)) == frozen
+        assert model[2].point.size <= 0.2 * 64 * 64 + (not frozen) * 200
+        model[0].requires_grad_(True)
+    assert model[0].point.size + model[2].point.size <= 0.2 * 2 * 64 * 64

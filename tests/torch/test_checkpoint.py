@@ -58,6 +58,11 @@ SETTINGS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         ),
         {"ranks": {"0": gt.Budget(parameters=0.2, steps=10)}},
     ),
+    "cycled": (
+        lambda p: torch.optim.Adam(p, 0.01),
+        lambda o: lr_scheduler.OneCycleLR(o, 0.02, STEPS),  # which changes betas too
+        {"ranks": gt.Tolerance(0.1)},
+    ),
     "factored": (
         lambda p: torch.optim.Adafactor(p, 0.01),
         lambda o: lr_scheduler.OneCycleLR(o, 0.02, STEPS, cycle_momentum=False),

@@ -100,7 +100,7 @@ def test_hooks_on_saved_tensors_see_the_activations_and_no_weights():
         lambda tensor: sizes.append(tensor.numel()) or tensor, lambda tensor: tensor
     ):
         model(X.float().repeat(50, 1)).sum()
-    assert sizes == [150 * 12, 150 * 3, 150 * 3]  # input, and what is projected on either side
+    assert sizes == [150 * 12, 150 * 3]  # input, and what the output's factor is applied to
     assert optimizer.ranks == {"0": (3, 3)}
 
 

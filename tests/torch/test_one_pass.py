@@ -585,3 +585,89 @@ def test_a_core_frozen_between_backward_and_step():
     (model(x) - y).square().mean().backward()
     optimizer.step()
     assert torch.equal(model[0].core, core)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+def test_ascent_is_descent_on_the_negative_loss(kind):
+    ends = []
+    for maximize in (False, True):
+        model, x, y = data()
+        momentum = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+        inner = kind(model.parameters(), lr=0.01, maximize=maximize, **momentum)
+        optimizer = TDLRT(inner, model)
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss = (model(x) - y).square().mean()
+            (-loss if maximize else loss).backward()
+            optimizer.step()
+        ends.append([layer.dense_weight() for layer in (model[0], model[2])])
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("inner", "expected"),
+    [
+        (lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9), 0.9),
+        (lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, dampening=0.5), 1.8),
+        (lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, dampening=1.0), 0.0),
+        (lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, maximize=True), -0.9),
+        (lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.8, 0.9)), 4.0),
+        (lambda p: torch.optim.Muon([q for q in p if q.dim() == 2], lr=0.01, momentum=0.8), 4.0),
+    ],
+)
+def test_what_the_last_velocity_counts_beside_a_gradient(inner, expected):
+    if "Muon" in inner.__code__.co_names and not hasattr(torch.optim, "Muon"):
+        pytest.skip("torch has no Muon")
+    model, x, y = data()
+    optimizer = TDLRT(inner(model.parameters()), model)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+    assert model[0].extension.drift.weight() == pytest.approx(expected)
+    for group in optimizer.param_groups:  # as schedulers do between steps
+        group.update(momentum=0.0) if "momentum" in group else group.update(betas=(0.0, 0.9))
+    assert model[0].extension.drift.weight() == 0.0
+
+
+def test_factors_that_were_thawed_have_no_part_in_what_is_clipped():
+    norms = []
+    for thaw in (False, True):
+        model, x, y = data()
+        optimizer = TDLRT(sgd(model), model, basis_every=2)
+        norms.append([])
+        for _ in range(4):
+            optimizer.zero_grad()
+            (model(x) - y).square().mean().backward()
+            norms[-1].append(nn.utils.clip_grad_norm_(model.parameters(), 0.1).item())
+            if thaw:
+                model.requires_grad_(False).requires_grad_(True)
+            optimizer.step()
+    assert norms[0] == norms[1]
+
+
+@pytest.mark.parametrize("rule", [None, gt.Tolerance(0.1)])
+@pytest.mark.parametrize("closure", [False, True])
+def test_steps_under_autocast_are_those_outside(rule, closure):
+    ends = []
+    for under in (False, True):
+        model, x, y = data()
+        model, x, y = model.float(), x.float(), y.float()
+        with torch.autocast("cpu", torch.bfloat16, enabled=under and not closure):
+            optimizer = TDLRT(sgd(model, momentum=0.9), model, rule, one_pass=not closure)
+
+        def evaluate(optimizer=optimizer, model=model, x=x, y=y):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = (model(x).float() - y).square().mean()
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            if not closure:
+                evaluate()
+            with torch.autocast("cpu", torch.bfloat16, enabled=under):
+                optimizer.step(evaluate if closure else None)
+        ends.append(model.state_dict())
+    # Backward passes under autocast, as those of a closure are here, round more often.
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-3 if closure else 0)

@@ -875,3 +875,31 @@ def test_loading_a_wrong_state_changes_nothing():
     with pytest.raises(ValueError, match="load the model's state_dict"):
         optimizer.load_state_dict(other)
     assert_same(optimizer.state_dict(), before)
+
+
+@pytest.mark.parametrize("part", ["core", "factors", "named"])
+def test_groups_with_tensors_whose_bases_would_not_move_are_refused(part):
+    model = nn.Sequential(TuckerLinear(8, 6, 2), nn.Linear(6, 6), TuckerLinear(6, 4, 2))
+    optimizer = TDLRT(torch.optim.SGD(model[2].parameters(), lr=0.1), model)
+    given = {
+        "core": model[0].core,
+        "factors": iter(model[0].factors),
+        "named": list(model[0].named_parameters()),
+    }[part]
+    with pytest.raises(ValueError, match="param_group: expected no parameters of '0'"):
+        optimizer.add_param_group({"params": given})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": model[1].parameters(), "lr": 0.5})
+    assert optimizer.param_groups[1]["params"] == list(model[1].parameters())
+
+
+def test_hooks_on_states_are_the_wrapped_optimizers():
+    model, _ = problem()
+    optimizer = TDLRT(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    called = []
+    optimizer.register_state_dict_pre_hook(lambda one: called.append("before"))
+    optimizer.register_state_dict_post_hook(lambda one, state: called.append("after"))
+    optimizer.register_load_state_dict_pre_hook(lambda one, state: called.append("loading"))
+    optimizer.register_load_state_dict_post_hook(lambda one: called.append("loaded"))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert called == ["before", "after", "loading", "loaded"]
