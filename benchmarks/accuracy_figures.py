@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from drawing import (
+    BLACK,
     BLUE,
     GREEN,
     GREY,
@@ -31,6 +32,7 @@ OURS = {  # drawn in front, in colours of their own
     "TDLRT, rate_power 1/4": SKY,
     "TDLRT, rate_power 1/2": GREEN,
     "TDLRT, rate_power 1/4, layers as tensors": SALMON,
+    "TDLRT, rate_power 1/3, layers as tensors": BLACK,
 }
 WHOLE = ("dense", "as it came")  # of one size: drawn level
 _FIVE = (GREY, PINK, BLUE, ORANGE, GREEN)

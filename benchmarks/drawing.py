@@ -11,7 +11,7 @@ from tables import Row, read
 
 # Of Okabe and Ito (2008), which people with any colour vision can tell apart.
 BLUE, RED, GREEN, PINK, ORANGE = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
-SKY, SALMON, GREY = "#56B4E9", "#F4A582", "#888888"
+SKY, SALMON, GREY, BLACK = "#56B4E9", "#F4A582", "#888888", "#000000"
 
 STYLE: Any = {
     "axes.spines.right": False,

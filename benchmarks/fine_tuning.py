@@ -81,8 +81,9 @@ SMALL: Mapping[str, Method] = {
     "HOSVD, fine-tuned": descent,
     # A network that works has something to lose: it begins at the size that it has.
     "TDLRT": partial(tdlrt, start=1.0),
-    "TDLRT, rate_power 1/4": partial(tdlrt, start=1.0, rate_power=0.25),
-    "TDLRT, rate_power 1/2": partial(tdlrt, start=1.0, rate_power=0.5),
+    "TDLRT, rate_power 1/4": partial(tdlrt, start=1.0, rate_power=1 / 4),
+    "TDLRT, rate_power 1/3": partial(tdlrt, start=1.0, rate_power=1 / 3),
+    "TDLRT, rate_power 1/2": partial(tdlrt, start=1.0, rate_power=1 / 2),
 }
 UNTRAINED = ("as it came", "HOSVD, not trained")
 ALL: Mapping[str, Method] = {**METHODS, **WHOLE, **SMALL}

@@ -112,12 +112,15 @@ def fine_tuned(
     yield from train(model, recipe.sgd(model), data, recipe, rest, seconds=seconds)
 
 
-growing = partial(tdlrt, rate_power=0.25)
+GROWING: dict[str, Method] = {
+    "TDLRT, rate_power 1/4": partial(tdlrt, rate_power=1 / 4),
+    "TDLRT, rate_power 1/3": partial(tdlrt, rate_power=1 / 3),
+}
 
 METHODS: dict[str, Method] = {
     "dense": dense,
     "TDLRT": tdlrt,
-    "TDLRT, rate_power 1/4": growing,
+    **GROWING,
     "Tucker, plain descent": partial(plain_descent_by_tltorch, decompositions.tucker),
     "CP": partial(plain_descent_by_tltorch, decompositions.cp),
     "TT": partial(plain_descent_by_tltorch, decompositions.tt),
@@ -133,7 +136,7 @@ METHODS: dict[str, Method] = {
 # Those that can take linear layers as tensors: with an argument `tensorise`.
 AS_TENSORS: dict[str, Callable[..., Iterator[Epoch]]] = {
     "TDLRT": tdlrt,
-    "TDLRT, rate_power 1/4": growing,
+    **GROWING,
     "Tucker, plain descent": plain_descent_by_budget,
     "HOSVD, fine-tuned": fine_tuned,
 }

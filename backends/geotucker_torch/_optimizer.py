@@ -101,7 +101,7 @@ class TDLRT(Optimizer):
         ranks fall. By default 1/2 for optimizers that normalise gradients entry by entry, such as
         Adam and RMSprop: the weight then moves as far as the dense one would at the same rate. For
         others n is the dimension of the tangent space, and the default is 0, the step of the
-        gradient; with a few percent of the parameters left, 1/4 or 1/2 train better.
+        gradient; with a few percent of the parameters left, 1/3 trains better.
     one_pass : bool
         Whether layers of this package extend their bases in their own backward pass. False: by
         two calls of a closure, as published, which gives the result of "tdlrt".
