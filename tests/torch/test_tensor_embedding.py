@@ -274,7 +274,7 @@ def test_micro_batches_lift_once_and_add_up():
         layer(x[part]).square().sum().backward()
     gradient = layer.core.grad.clone()
     assert layer.ranks == (3, 4, 4, 4, 4) and layer.settled_ranks == (2,) * 5
-    layer.core.grad = None
+    layer.core.grad.zero_()
     layer(x).square().sum().backward()
     torch.testing.assert_close(layer.core.grad, gradient, rtol=0, atol=1e-10)
     optimizer.zero_grad()
