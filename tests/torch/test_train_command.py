@@ -183,6 +183,42 @@ def test_runs_of_one_seed_are_equal_and_get_folders_of_their_own() -> None:
     assert first != other
 
 
+@pytest.mark.parametrize("out", [[], ["--out", "runs/digits-mlp-0"]])
+def test_of_runs_that_start_at_once_none_takes_the_folder_of_another(
+    monkeypatch: pytest.MonkeyPatch, out: list[str]
+) -> None:
+    first = Path("runs/digits-mlp-0")
+
+    def load_while_another_starts(*arguments: Any) -> Any:
+        monkeypatch.setattr(_run, "load", load)
+        start(Config(model="mlp", lr=0.1), first)
+        return load(*arguments)
+
+    monkeypatch.setattr(_run, "load", load_while_another_starts)
+    result = run(*QUICK, "--no-baseline", *out)
+    assert json.loads((first / "config.json").read_text())["lr"] == 0.1
+    assert {entry.name for entry in first.iterdir()} == {"config.json", "metrics.jsonl"}
+    if out:
+        assert result.exit_code == 2
+        assert "--out: got runs/digits-mlp-0, expected a folder without a run" in result.stderr
+    else:
+        assert result.exit_code == 0
+        assert "results go to runs/digits-mlp-0-2" in result.output
+        assert len(metrics("runs/digits-mlp-0-2")) == 2
+
+
+def test_a_disk_that_is_full_at_the_start_leaves_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_run.os, "fsync", full)
+        result = run(*QUICK, "--out", "here")
+    assert result.exit_code == 1
+    assert "--out: cannot write to here (No space left on device)" in result.stderr
+    assert list(Path("here").iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -44,6 +44,7 @@ def main(options: Mapping[str, Any], given: Set[str]) -> int:
         resume = options["resume"] is not None
         config, folder = _resumed(options, given) if resume else _fresh(options)
         run = start(config, folder, resume)
+        folder = run.folder
         if not options["quiet"]:
             console.print(Text(f"results go to {folder}"), soft_wrap=True)
         with Display(run, console, options["quiet"]) as display:
@@ -81,31 +82,17 @@ def _measured(run: Run) -> Spectra:
     return spectra(optimizer)
 
 
-def _fresh(options: Mapping[str, Any]) -> tuple[Config, Path]:
-    """Return settings and folder of a new run."""
+def _fresh(options: Mapping[str, Any]) -> tuple[Config, Path | None]:
+    """Return settings of a new run, and its folder if one is asked for."""
     names = {field.name for field in fields(Config)}
     values = {name: value for name, value in options.items() if name in names}
     config = Config(**{**values, "ranks": tuple(values["ranks"] or ())})
     if options["out"] is None:
-        return config, _unused_folder(config)
+        return config, None
     folder = Path(options["out"])
     if folder.exists() and not folder.is_dir():
         raise OptionError("--out", folder, "a folder, but this is a file")
-    if (folder / CONFIG).exists():
-        raise OptionError(
-            "--out", folder, f"a folder without a run (to go on with that one: --resume {folder})"
-        )
     return config, folder
-
-
-def _unused_folder(config: Config) -> Path:
-    """Return the default folder, numbered if earlier runs have taken it."""
-    name = f"{config.data}-{config.model}-{config.seed}"
-    folder, number = Path("runs") / name, 1
-    while (folder / CONFIG).exists():
-        number += 1
-        folder = Path("runs") / f"{name}-{number}"
-    return folder
 
 
 def _resumed(options: Mapping[str, Any], given: Set[str]) -> tuple[Config, Path]:

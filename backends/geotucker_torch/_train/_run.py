@@ -1,8 +1,10 @@
 """A run: two networks trained turn by turn, saved so that it can stop at any moment."""
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +15,7 @@ from .._checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from .._files import write_atomically
 from ._config import Config
 from ._data import DataSet, load
-from ._errors import DivergedError, ResumeError, RunError
+from ._errors import DivergedError, OptionError, ResumeError, RunError
 from ._fetch import data_folder
 from ._loop import evaluate, learning_rate, train_epoch
 from ._networks import Network, build_networks
@@ -74,7 +76,7 @@ class Run:
         return network if network.epoch < int(self.config.epochs or 0) else None
 
 
-def start(config: Config, folder: Path, resume: bool = False) -> Run:
+def start(config: Config, folder: Path | None = None, resume: bool = False) -> Run:
     """Load the data, build the networks, and open the run's folder.
 
     Nothing is written before everything that can be wrong with the settings has been tried.
@@ -83,8 +85,8 @@ def start(config: Config, folder: Path, resume: bool = False) -> Run:
     ----------
     config : Config
         The settings; those that the run was started with if it is resumed.
-    folder : Path
-        The run's folder; made here.
+    folder : Path, optional
+        The run's folder; made here. By default one below ``runs`` that no other run has.
     resume : bool
         Whether to go on from the folder's checkpoint. A run that was killed before its first
         checkpoint begins anew.
@@ -98,11 +100,11 @@ def start(config: Config, folder: Path, resume: bool = False) -> Run:
     data = load(config.data, data_folder(config.data_dir)).to(torch.device(config.device))
     networks = build_networks(config, data)
     tucker = networks[-1]
+    if folder is None or not resume:
+        folder = _create(folder, config)
     run = Run(folder, config, data, tucker.ranks, tucker.compression, networks)
     if resume:
         _restore(run)
-    else:
-        _create(folder, config)
     _write_metrics(run)
     return run
 
@@ -168,13 +170,44 @@ def _make_reproducible(config: Config) -> None:
         torch.backends.cudnn.deterministic = True
 
 
-def _create(folder: Path, config: Config) -> None:
-    """Make the run's folder."""
+def _create(folder: Path | None, config: Config) -> Path:
+    """Make the run's folder, by default the first that no run has taken, and return it."""
+    for candidate in _default_folders(config) if folder is None else (folder,):
+        try:
+            candidate.mkdir(parents=True, exist_ok=True)
+            if _claim(candidate, config):
+                return candidate
+        except OSError as error:
+            raise RunError(f"--out: cannot write to {candidate} ({error.strerror})") from error
+    raise OptionError(
+        "--out", folder, f"a folder without a run (to go on with that one: --resume {folder})"
+    )
+
+
+def _default_folders(config: Config) -> Iterator[Path]:
+    """Yield the default folder, then it with the numbers of further runs."""
+    folder = Path("runs") / f"{config.data}-{config.model}-{config.seed}"
+    yield folder
+    for number in count(2):
+        yield folder.with_name(f"{folder.name}-{number}")
+
+
+def _claim(folder: Path, config: Config) -> bool:
+    """Write the settings unless some are there: of runs that start at once, one does."""
+    path = folder / CONFIG
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / CONFIG, config.to_json().encode())
-    except OSError as error:
-        raise RunError(f"--out: cannot write to {folder} ({error.strerror})") from error
+        file = path.open("xb")
+    except FileExistsError:
+        return False
+    try:
+        with file:
+            file.write(config.to_json().encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:  # half of the settings would be a run that cannot go on
+        path.unlink()
+        raise
+    return True
 
 
 def read_config(folder: Path) -> Config:
