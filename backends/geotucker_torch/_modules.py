@@ -1,5 +1,6 @@
 """What the functions on whole models share."""
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -49,7 +50,35 @@ def replaced(model: nn.Module, successors: Mapping[nn.Module, nn.Module]) -> nn.
         for name, child in list(parent._modules.items()):
             if child is not None and child in successors:
                 setattr(parent, name, successors[child])
+    _declare_ties(model)
     return successors.get(model, model)
+
+
+def _declare_ties(model: nn.Module) -> None:
+    """Name tied parameters anew where models of transformers name them, which save no others.
+
+    Their ``_tied_weights_keys`` map patterns of what a file leaves out to what it has instead;
+    before version 5 they are a list of such patterns.
+    """
+    module: Any
+    for module in model.modules():
+        keys = getattr(module, "_tied_weights_keys", None)
+        if not keys:
+            continue
+        first: dict[nn.Parameter, str] = {}
+        named = module.named_parameters(remove_duplicate=False)
+        sources = {name: first.setdefault(parameter, name) for name, parameter in named}
+        kept = [key for key in keys if any(re.search(key, name) for name in sources)]
+        new = {
+            name: source
+            for name, source in sources.items()
+            if name != source and not any(re.search(key, name) for key in kept)
+        }
+        if new:
+            listed = isinstance(keys, list)
+            module._tied_weights_keys = (
+                [*kept, *new] if listed else {key: keys[key] for key in kept} | new
+            )
 
 
 def selector(

@@ -204,6 +204,26 @@ def test_the_price_of_reshaped_layers_counts_every_use() -> None:
     assert cost.tucker((1,) * 4) < cost.tucker((2,) * 4) < cost.dense
 
 
+@pytest.mark.parametrize("listed", [False, True])
+def test_ties_are_declared_as_transformers_asks_for(listed: bool) -> None:
+    dense: Any = {"head.weight": "embed.weight"}
+    core: Any = {f"head.{name}": f"embed.{name}" for name in ("core", "factors.0", "factors.1")}
+    if listed:
+        dense, core = list(dense), list(core)
+
+    class Declared(Words):
+        _tied_weights_keys = dense
+
+    outer = factorize(nn.Sequential(Declared()), 2, verbose=False)
+    assert outer[0]._tied_weights_keys == core
+    assert densify(outer)[0]._tied_weights_keys == dense
+    left = factorize(Declared(), 2, exclude="head", verbose=False)
+    assert left._tied_weights_keys == Declared._tied_weights_keys == dense
+    apart = Declared()
+    apart.head.weight = nn.Parameter(apart.head.weight.detach().clone())
+    assert factorize(apart, 2, verbose=False)._tied_weights_keys == dense
+
+
 def test_models_without_values() -> None:
     with torch.device("meta"):
         model = factorize(Words(), 2, verbose=False)

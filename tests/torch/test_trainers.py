@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
+from geotucker_torch import densify, factorize
 
 from . import trainers
 
@@ -89,3 +92,28 @@ def test_tensorboard_sees_ranks_and_times(name: str, folder: Path) -> None:
     for key in ("compression", "seconds/iteration", "seconds/step", "seconds/processes"):
         (tag,) = (tag for tag in log.Tags()["scalars"] if tag.endswith(key))
         assert all(event.value >= 0 for event in log.Scalars(tag))
+
+
+def test_a_model_of_transformers_with_tied_weights_is_saved(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes: dict[str, Any] = {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
+    model: Any = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True))
+    factorize(model, 0.5, verbose=False)
+    model.save_pretrained(tmp_path / "tucker")  # as their Trainer does for a checkpoint
+    saved = load_file(tmp_path / "tucker" / "model.safetensors")
+    assert saved.keys() == {name for name, _ in model.named_parameters()}
+    model.tie_weights()
+    assert model.lm_head.core is model.model.embed_tokens.core
+    x = torch.arange(6)[None]
+    expected = model(x).logits
+    densify(model).save_pretrained(tmp_path / "dense")
+    dense = LlamaForCausalLM.from_pretrained(tmp_path / "dense")
+    torch.testing.assert_close(dense(x).logits, expected)
