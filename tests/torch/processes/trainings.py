@@ -2,7 +2,7 @@
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import count, islice
@@ -152,7 +152,9 @@ def train(
         if options.get("one_pass", True):
             backward(step, share)
             if clip is not None:
-                norms.append(nn.utils.clip_grad_norm_(model.parameters(), clip).item())
+                in_parts = many and wrap == "sharded"
+                clip_all = clip_both if in_parts else nn.utils.clip_grad_norm_
+                norms.append(clip_all(model.parameters(), clip).item())
             if look and many and rank == 0 and step == 3:
                 look(model, optimizer)
             optimizer.step()
@@ -189,6 +191,19 @@ def shard_dense_parts(model: nn.Module, mesh: DeviceMesh | None = None) -> None:
     fully_shard(model, mesh=mesh, ignored_params=tucker)
 
 
+def clip_both(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
+    """Clip parts and whole tensors by the norm of all, as the guide does."""
+    kinds: tuple[list[Any], ...] = ([], [])
+    for parameter in parameters:
+        if parameter.grad is not None:
+            kinds[isinstance(parameter, DTensor)].append(parameter)
+    norms = [nn.utils.get_total_norm([p.grad for p in kind]) for kind in kinds]
+    norm = torch.hypot(*map(whole, norms))
+    for kind in kinds:
+        nn.utils.clip_grads_with_norm_(kind, limit, norm)
+    return norm
+
+
 def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
@@ -223,7 +238,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "accumulation": {"micro": 2, "clip": 0.5},
     "whole accumulation": {"integrator": "tdlrt", "micro": 2},
     "alone accumulation": {"wrap": False, "micro": 2, "kind": "adam"},
-    "sharded": {"wrap": "sharded", "kind": "adam"},
+    "sharded": {"wrap": "sharded", "kind": "adam", "clip": 0.1},
     "two passes": {"one_pass": False},
     "two passes alone": {"one_pass": False, "wrap": False, "kind": "adam"},
     "rebuilt": {"rebuilt": True},
