@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,9 @@ __all__ = ["DEFAULT_LR", "OPTIMIZERS", "RECIPES", "SCHEDULES", "START", "Config"
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
 SCHEDULES = ("cosine", "constant")
 DEVICES = ("auto", "cpu", "cuda")
+# Integers go into torch's of 64 bits. Optimizers multiply rates by some powers of ten, and raise
+# errors of their own where single precision ends, at 3e38.
+_MOST, _MOST_THREADS, _LARGEST = 2**63 - 1, 4096, 1e32
 DEFAULT_LR = {"sgd": 0.2, "momentum": 0.05, "adam": 1e-3, "adamw": 1e-3}
 
 
@@ -114,14 +116,17 @@ class Config:
         if self.threads is None:
             self._set(threads=torch.get_num_threads())
         self._set(device=_device(self.device))
-        for name in ("floor", "cap", "basis_every", "batch_size", "epochs", "threads"):
-            _at_least(name, getattr(self, name), 1)
+        for name in ("floor", "cap", "basis_every", "batch_size", "epochs"):
+            _count(name, getattr(self, name), 1)
         for name in ("seed", "checkpoint_every"):
-            _at_least(name, getattr(self, name), 0)
+            _count(name, getattr(self, name), 0)
+        _count("threads", self.threads, 1, _MOST_THREADS)
         if self.cap is not None and self.cap < self.floor:
             raise OptionError("--cap", self.cap, f"at least --floor, which is {self.floor}")
-        _in_range("--lr", self.lr, 0.0, math.inf, "a positive number", exclusive=True)
-        _in_range("--weight-decay", self.weight_decay, 0.0, math.inf, "zero or a positive number")
+        below = f"below {_LARGEST:g}"
+        _in_range("--lr", self.lr, 0.0, _LARGEST, f"a positive number {below}", exclusive=True)
+        decay = f"zero or a positive number {below}"
+        _in_range("--weight-decay", self.weight_decay, 0.0, _LARGEST, decay)
         if self.rate_power is not None and not 0.0 <= self.rate_power <= 1.0:
             raise OptionError("--rate-power", self.rate_power, "a number from 0 to 1")
         _in_range("--tolerance", self.tolerance, 0.0, 1.0, "a number from 0 to less than 1")
@@ -130,7 +135,7 @@ class Config:
             if self.tolerance is not None:
                 raise OptionError("--budget", self.budget, "no --tolerance beside it")
         if self.tensorise is not None:
-            _at_least("tensorise", self.tensorise, 2)
+            _count("tensorise", self.tensorise, 2)
             if self.budget is None or self.ranks:
                 expected = "a --budget and no --ranks beside it: ranks of matrices fit no tensors"
                 raise OptionError("--tensorise", self.tensorise, expected)
@@ -178,10 +183,11 @@ def _one_of(option: str, value: str | None, allowed: Iterable[str]) -> None:
         raise OptionError(option, repr(value), f"one of {', '.join(names)}{hint}")
 
 
-def _at_least(name: str, value: int | None, least: int) -> None:
+def _count(name: str, value: int | None, least: int, most: int = _MOST) -> None:
     """Check a count."""
-    if value is not None and value < least:
-        raise OptionError(f"--{name.replace('_', '-')}", value, f"an integer of at least {least}")
+    if value is not None and not least <= value <= most:
+        bound = f"at least {least}" if value < least else f"at most {most}"
+        raise OptionError(f"--{name.replace('_', '-')}", value, f"an integer of {bound}")
 
 
 def _in_range(

@@ -138,7 +138,7 @@ def parse_budget(text: str) -> int | float:
 
 
 def _number(text: str) -> int | float:
-    return int(text) if re.fullmatch(r"\d+", text) else float(text)
+    return int(text) if re.fullmatch(r"\d{1,18}", text) else float(text)  # as torch's, of 64 bits
 
 
 def _parse_value(value: str, part: str) -> Ranks | None:
