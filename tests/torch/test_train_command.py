@@ -353,6 +353,28 @@ def test_nothing_to_resume_is_said() -> None:
     assert "not a run's settings" in run("--resume", "empty").stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("ranks", [1], "ranks: expected tuple[str, ...], got (1,)"),
+        ("budget", 5, "budget: expected str | None, got 5"),
+        ("data_dir", 5, "data_dir: expected str | None, got 5"),
+        ("epochs", 1.5, "epochs: expected int | None, got 1.5"),
+        ("seed", None, "seed: expected int, got None"),
+        ("baseline", "no", "baseline: expected bool, got 'no'"),
+    ],
+)
+def test_damaged_settings_are_named(name: str, value: Any, message: str) -> None:
+    values = json.loads(Config(model="mlp", lr=1).to_json())
+    assert Config.from_mapping(values).lr == 1
+    Path("here").mkdir()
+    Path("here/config.json").write_text(json.dumps({**values, name: value}))
+    result = run("--resume", "here")
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
 def test_a_run_killed_before_its_first_checkpoint_begins_anew() -> None:
     assert run(*QUICK, "--out", "here").exit_code == 0
     before = Path("here/model.safetensors").read_bytes()

@@ -5,7 +5,7 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -170,8 +170,28 @@ class Config:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "Config":
-        """Return the record that `dataclasses.asdict` or a JSON file describes."""
-        return cls(**{**values, "ranks": tuple(values["ranks"])})
+        """Return the record that `dataclasses.asdict` or a JSON file describes.
+
+        Raises
+        ------
+        TypeError
+            If a value is of another type than the command line makes it.
+        """
+        values = {**values, "ranks": tuple(values["ranks"])}
+        for field in dataclasses.fields(cls):
+            _check_type(field.name, values.get(field.name, field.default), field.type)
+        return cls(**values)
+
+
+def _check_type(name: str, value: Any, kind: Any) -> None:
+    """Check a value by a field's type; JSON may have integers for floats."""
+    if name == "ranks":
+        fits = all(isinstance(item, str) for item in value)
+    else:
+        fits = isinstance(value, kind | int if float in get_args(kind) else kind)
+    if not fits:
+        expected = kind.__name__ if type(kind) is type else kind
+        raise TypeError(f"{name}: expected {expected}, got {value!r}")
 
 
 def _one_of(option: str, value: str | None, allowed: Iterable[str]) -> None:
