@@ -391,6 +391,7 @@ def test_a_damaged_checkpoint_is_said() -> None:
     result = run("--resume", "here")
     assert result.exit_code == 1
     assert "not a whole checkpoint" in result.stderr
+    assert len(result.stderr.splitlines()) == 1  # not to resume, which would fail again
 
 
 def test_lenet5_learns_mnist(

@@ -55,6 +55,8 @@ def main(options: Mapping[str, Any], given: Set[str]) -> int:
             print_report(run, measured, console, files)
     except KeyboardInterrupt:
         return _fail("interrupted", _INTERRUPTED, folder)
+    except (OptionError, ResumeError) as error:  # to resume would end in the same way
+        return _fail(str(error), error.exit_code, None)
     except RunError as error:
         return _fail(str(error), error.exit_code, folder)
     except (GeotuckerError, OSError) as error:  # the system's: a full disk, say
@@ -122,6 +124,6 @@ def _resumed(options: Mapping[str, Any], given: Set[str]) -> tuple[Config, Path]
 def _fail(message: str, code: int, folder: Path | None) -> int:
     """Print one line, and how to go on if there is something to go on with."""
     print(f"geotucker train: {message}", file=sys.stderr)
-    if code != OptionError.exit_code and folder is not None and (folder / CHECKPOINT).exists():
+    if folder is not None and (folder / CHECKPOINT).exists():
         print(f"the last checkpoint is kept; to go on: --resume {folder}", file=sys.stderr)
     return code
