@@ -17,6 +17,7 @@ __all__ = ["main"]
 
 GROUP = "geotucker.commands"
 USAGE_ERROR = 2  # the exit code of a command that cannot run as it was called
+INTERRUPTED = 130  # what shells report for Ctrl-C
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -30,8 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises
     ------
     SystemExit
-        Always: 0 on success, 2 if the call is wrong or a needed package is missing, else what
-        the sub-command says.
+        Always: 0 on success, 2 if the call is wrong or a needed package is missing, 130 if it is
+        interrupted before the sub-command runs, else what the sub-command says.
 
     Examples
     --------
@@ -51,13 +52,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Loading a sub-command may import a whole array library: load the one that is asked for,
     # and all of them only for the help page, which shows what each one does.
     asked = [point for point in found if arguments and point.name == arguments[0]]
-    app = _application(_import_typer(), asked or found)
+    try:
+        app = _application(_import_typer(), asked or found)
+    except KeyboardInterrupt:  # imports take seconds
+        _fail("interrupted", INTERRUPTED)
     app(arguments or ["--help"], prog_name="geotucker")
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, code: int = USAGE_ERROR) -> NoReturn:
     print(f"geotucker: {message}", file=sys.stderr)
-    raise SystemExit(USAGE_ERROR)
+    raise SystemExit(code)
 
 
 def _import_typer() -> ModuleType:

@@ -64,6 +64,17 @@ def test_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "nonsense" in err
 
 
+@pytest.mark.usefixtures("declared")
+def test_an_interrupted_import_is_one_clear_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: EntryPoint) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(EntryPoint, "load", interrupted)
+    assert run(capsys, "works") == (130, "", "geotucker: interrupted\n")
+
+
 def test_missing_typer_is_one_clear_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
