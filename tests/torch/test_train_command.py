@@ -1,6 +1,7 @@
 """The train command as its user sees it: files, output, errors, resuming."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -212,7 +213,7 @@ def test_a_disk_that_is_full_at_the_start_leaves_no_run(monkeypatch: pytest.Monk
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(_run.os, "fsync", full)
+        patch.setattr(os, "fsync", full)
         result = run(*QUICK, "--out", "here")
     assert result.exit_code == 1
     assert "--out: cannot write to here (No space left on device)" in result.stderr

@@ -93,8 +93,6 @@ def in_child(action: Callable[[], int], seconds: float | None = None) -> bool:
 
 def kill_at(moment: int) -> None:
     """Arm this process: it dies at the given one of the moments at which a file is written."""
-    from geotucker_torch import _files
-
     count = 0
 
     def passed() -> None:
@@ -106,8 +104,8 @@ def kill_at(moment: int) -> None:
     class HalfWritten:
         """A file that passes a moment when half of the data is on the disk."""
 
-        def __init__(self, *arguments: Any) -> None:
-            self.file = open(*arguments)  # noqa: SIM115
+        def __init__(self, file: Any) -> None:
+            self.file = file
 
         def __enter__(self) -> "HalfWritten":
             return self
@@ -129,8 +127,12 @@ def kill_at(moment: int) -> None:
         os_replace(source, target)
         passed()
 
-    os_replace = os.replace
-    _files.open = HalfWritten  # type: ignore[attr-defined]
+    def path_open(path: Path, mode: str = "r", *arguments: Any, **named: Any) -> Any:
+        file = open_path(path, mode, *arguments, **named)
+        return HalfWritten(file) if mode == "wb" else file
+
+    os_replace, open_path = os.replace, Path.open
+    Path.open = path_open  # type: ignore[method-assign,assignment]
     os.replace = replace  # type: ignore[assignment]
 
 

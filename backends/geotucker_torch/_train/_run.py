@@ -1,7 +1,6 @@
 """A run: two networks trained turn by turn, saved so that it can stop at any moment."""
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -171,17 +170,20 @@ def _make_reproducible(config: Config) -> None:
 
 
 def _create(folder: Path | None, config: Config) -> Path:
-    """Make the run's folder, by default the first that no run has taken, and return it."""
-    for candidate in _default_folders(config) if folder is None else (folder,):
-        try:
-            candidate.mkdir(parents=True, exist_ok=True)
-            if _claim(candidate, config):
-                return candidate
-        except OSError as error:
-            raise RunError(f"--out: cannot write to {candidate} ({error.strerror})") from error
-    raise OptionError(
-        "--out", folder, f"a folder without a run (to go on with that one: --resume {folder})"
-    )
+    """Make the run's folder, by default the first that is not there yet, and return it."""
+    if folder is not None and (folder / CONFIG).exists():
+        raise OptionError(
+            "--out", folder, f"a folder without a run (to go on with that one: --resume {folder})"
+        )
+    place = folder or Path("runs")
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        if folder is None:
+            place = folder = next(filter(_is_made, _default_folders(config)))
+        write_atomically(folder / CONFIG, config.to_json().encode())
+    except OSError as error:
+        raise RunError(f"--out: cannot write to {place} ({error.strerror})") from error
+    return folder
 
 
 def _default_folders(config: Config) -> Iterator[Path]:
@@ -192,21 +194,12 @@ def _default_folders(config: Config) -> Iterator[Path]:
         yield folder.with_name(f"{folder.name}-{number}")
 
 
-def _claim(folder: Path, config: Config) -> bool:
-    """Write the settings unless some are there: of runs that start at once, one does."""
-    path = folder / CONFIG
+def _is_made(folder: Path) -> bool:
+    """Make a folder unless it is there: of runs that start at once, one does."""
     try:
-        file = path.open("xb")
+        folder.mkdir()
     except FileExistsError:
         return False
-    try:
-        with file:
-            file.write(config.to_json().encode())
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:  # half of the settings would be a run that cannot go on
-        path.unlink()
-        raise
     return True
 
 
