@@ -405,13 +405,20 @@ def component(a: Array, b: Array) -> Array:
 
 
 def vdot(a: Array, b: Array) -> float:
-    """Euclidean inner product of two arrays of one shape."""
+    """Euclidean inner product of two arrays of one shape, safe against overflow and underflow.
+
+    It may leave the range of the arrays' dtype, and is infinite where it leaves that of float64.
+    """
     return vdots([(a, b)])[0]
 
 
 def vdots(pairs: Sequence[tuple[Array, Array]]) -> list[float]:
     """Return `vdot` of each pair, with one question to the device."""
-    return floats([_backend(a).sum(a * b) for a, b in pairs])
+    parts = [(_scaled(a), _scaled(b)) for a, b in pairs]
+    sums = [_backend(a).sum(a * b) for (a, _), (b, _) in parts]
+    numbers = floats([*sums, *(scale for pair in parts for _, scale in pair)])
+    scales = numbers[len(parts) :]
+    return [x * y * z for x, y, z in zip(numbers, scales[::2], scales[1::2], strict=False)]
 
 
 def to_numpy(array: Array) -> "np.ndarray[Any, np.dtype[Any]]":

@@ -1,5 +1,6 @@
 """Riemannian conjugate gradients with a line search: the fastest way to a minimum at hand."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -125,10 +126,10 @@ class ConjugateGradient:
         length, cut, count = 0.0, None, 0
         if slope < 0.0:
             bend = _curvature(gradient, TuckerPoint(along, wide.factors))
-            if bend is None:
+            if bend is None or not math.isfinite(bend):
                 bend = _secant(tangent, direction, state.moments)
             guess = self.first * (_ops.norm(point.core) / norm or 1.0)
-            first = -slope / bend if bend > 0.0 else guess
+            first = -slope / bend if 0.0 < bend < math.inf else guess
             noise = 8 * _ops.eps(point.core) * abs(loss)
             length, cut, count = backtrack(
                 at, loss, slope, first, decrease=self.decrease, trials=self.trials, noise=noise

@@ -248,12 +248,13 @@ class Fit:
         """Return where a steepest step of some ranks arrives, shortened until the loss falls."""
         loss, gradient = self(base)
         direction = _hooi(gradient, self._bases(ranks, seed), sweeps)
-        descent = _ops.norm(direction.core) ** 2
-        length = descent / max(gradient.curvature(direction), 1e-300)
+        descent = _ops.norm(direction.core)
+        unit = TuckerPoint(direction.core / (descent or 1.0), direction.factors)
+        length = descent / max(gradient.curvature(unit), 1e-300)
         for _ in range(60 if descent > 0.0 else 0):
-            core = length * direction.core
+            core = length * unit.core
             if math.isfinite(_ops.max_abs(core)):
-                end = arrive(TuckerPoint(core, direction.factors))
+                end = arrive(TuckerPoint(core, unit.factors))
                 if self(end)[0] < loss:  # false for NaN too
                     return end
             length *= 0.5

@@ -86,6 +86,26 @@ def test_completion_recovers_a_tensor_of_low_rank(backend):
     assert all(b <= a * (1 + 1e-12) + 1e-20 for a, b in pairwise(losses))
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_completion_in_single_precision_does_not_depend_on_the_scale(backend, scale):
+    # The squares of such numbers are beyond float32, and so were slopes and curvatures.
+    case = Case(backend, "float32", (5, 3, 4), (2, 2, 3), 0)
+    truth = scale * case.dense(case.point(1))
+    fit = gt.completion(np.nonzero(truth), case.array(truth[np.nonzero(truth)]), case.shape)
+    result = gt.minimize(fit, fit.start(case.ranks), integrator=CG, steps=15)
+    assert_close(case.dense(result.point), truth, 1e-3)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(1e3, 1e12), (1e8, 1.0)])
+def test_regression_in_single_precision_does_not_depend_on_the_scale(backend, inputs, outputs):
+    case = Case(backend, "float32", (4, 5), (2, 2), 0)
+    x = case.normal(200, *case.shape, stream=51)
+    y = x[:, 0].sum(1)
+    fit = gt.regression(case.array(inputs * x), case.array(outputs * y))
+    result = gt.minimize(fit, fit.start(2), integrator=CG, steps=8)
+    assert result.loss < 1e-6 * outputs**2 * np.sum(y**2)
+
+
 def test_conjugate_directions_pay():
     # Near an ill-conditioned minimum: steepest descent creeps.
     truth = gt.testing.random_point((8, 9, 10), (3, 3, 3), singular_values=(1.0, 0.3, 0.1))

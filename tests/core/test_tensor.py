@@ -144,7 +144,7 @@ def test_to_dense_shows_what_is_not_finite(backend):
     assert np.isnan(backend.numpy(gt.to_dense(point))).all()
 
 
-@pytest.mark.parametrize(
+ENDS = pytest.mark.parametrize(
     ("dtype", "count", "value"),
     [
         ("float32", 3, 3e38),  # whose reciprocal is no normal number
@@ -156,6 +156,9 @@ def test_to_dense_shows_what_is_not_finite(backend):
         ("float16", 70_000, 1e-7),
     ],
 )
+
+
+@ENDS
 def test_norms_at_the_ends_of_each_precision(backend, dtype, count, value):
     array = backend.array(np.full(count, value), dtype)
     entry = float(backend.numpy(array)[0])
@@ -164,6 +167,20 @@ def test_norms_at_the_ends_of_each_precision(backend, dtype, count, value):
     assert _ops.norm(array) == pytest.approx(expected, rel=1e-5)
     component = _ops.component(array, _ops.sign(array))  # the sum of magnitudes by the norm
     assert float(component.item()) == pytest.approx(math.sqrt(count), rel=1e-5)
+
+
+@ENDS
+def test_inner_products_at_the_ends_of_each_precision(backend, dtype, count, value):
+    array = backend.array(np.full(count, value), dtype)
+    pairs = [(array, _ops.sign(array)), (array, 0.0 * array)]
+    expected = float(backend.numpy(array)[0]) * count
+    assert _ops.vdots(pairs) == pytest.approx([expected, 0.0], rel=1e-5)
+
+
+def test_squares_may_leave_single_precision(backend):
+    huge = backend.array([1e25, 2e25], "float32")
+    assert _ops.vdot(huge, huge) == pytest.approx(5e50, rel=1e-6)
+    assert _ops.vdot(1e-50 * huge, 1e-50 * huge) == pytest.approx(5e-50, rel=1e-6)
 
 
 def test_norms_of_several_arrays_are_those_of_each(backend):

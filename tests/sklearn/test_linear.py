@@ -134,6 +134,14 @@ def test_single_precision_stays():
     assert classifier.predict_proba(single).dtype == np.float32
 
 
+def test_single_precision_suffices_at_any_scale():
+    single = (1e5 * SAMPLES).astype(np.float32)
+    assert (
+        TuckerRegressor(2, ridge=0.0).fit(single, 1e6 * NUMBERS).score(single, 1e6 * NUMBERS) > 0.99
+    )
+    assert TuckerClassifier(2).fit(1e4 * single, LABELS).score(1e4 * single, LABELS) > 0.9
+
+
 @pytest.mark.parametrize("y", [np.full(120, 3.0), np.zeros(120)], ids=["constant", "zero"])
 def test_what_needs_no_samples_is_the_intercept(y):
     model = TuckerRegressor(2).fit(SAMPLES, y)
