@@ -61,6 +61,6 @@ def backtrack(
         if there <= loss + decrease * length * slope + noise:
             return length, end, trial
         excess = there - loss - length * slope  # of the loss over its tangent
-        shorter = -0.5 * slope * length**2 / excess if math.isfinite(excess) else 0.0
+        shorter = -0.5 * slope * length * length / excess if math.isfinite(excess) else 0.0
         length = min(max(shorter, 0.1 * length), 0.5 * length)
     return 0.0, None, trials

@@ -53,6 +53,7 @@ __all__ = [
     "sigmoid",
     "sign",
     "softplus",
+    "square_norm",
     "sum_last",
     "svd",
     "svd_both",
@@ -363,6 +364,12 @@ def largest(arrays: Sequence[Array]) -> list[float]:
 def norm(array: Array) -> float:
     """Frobenius norm, safe against overflow and underflow of the squares."""
     return norms([array])[0]
+
+
+def square_norm(array: Array) -> float:
+    """Square of the Frobenius norm; infinite where it leaves the range of float64."""
+    root = norm(array)
+    return root * root  # root**2 would raise OverflowError
 
 
 def norms(arrays: Sequence[Array]) -> list[float]:

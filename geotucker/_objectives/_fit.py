@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from .. import _ops
-from .._errors import ShapeError
+from .._errors import NonFiniteError, ShapeError
 from .._geometry import Contractable, Gradient, contract
 from .._hosvd import orthonormalise, truncate
 from .._ops import Array
@@ -69,7 +69,7 @@ class _Slope(NamedTuple):
         bend = self.fit.loss.curvature(self.predicted)
         curvature = _ops.vdot(bend * along, along)
         if self.fit.ridge:
-            curvature += self.fit.ridge * _ops.norm(orthonormalise(direction).core) ** 2
+            curvature += self.fit.ridge * _ops.square_norm(orthonormalise(direction).core)
         return curvature
 
 
@@ -147,7 +147,7 @@ class Fit:
         predicted = self.map.predict(point)
         loss = self.loss.value(predicted, self.observed)
         if self.ridge:
-            loss += 0.5 * self.ridge * _ops.norm(orthonormalise(point).core) ** 2
+            loss += 0.5 * self.ridge * _ops.square_norm(orthonormalise(point).core)
         ambient = self.map.adjoint(self.loss.slope(predicted, self.observed))
         return loss, _Slope(self, point, predicted, ambient)
 
@@ -177,6 +177,13 @@ class Fit:
         -------
         TuckerPoint
             With orthonormal factors, and the library, dtype and device of the data.
+
+        Raises
+        ------
+        RankError, ValueError
+            If the ranks cannot be used.
+        NonFiniteError
+            If the loss of zero, or its gradient, is not finite.
 
         Examples
         --------
@@ -215,6 +222,8 @@ class Fit:
         ------
         ShapeError, BackendError, RankError
             If the point does not fit the data, or the ranks cannot be used.
+        NonFiniteError
+            If the loss of the point, or its gradient, is not finite.
 
         Examples
         --------
@@ -247,6 +256,8 @@ class Fit:
     ) -> TuckerPoint:
         """Return where a steepest step of some ranks arrives, shortened until the loss falls."""
         loss, gradient = self(base)
+        if not math.isfinite(loss):
+            raise NonFiniteError(f"loss: expected a finite number, got {loss}; scale the data")
         direction = _hooi(gradient, self._bases(ranks, seed), sweeps)
         descent = _ops.norm(direction.core)
         unit = TuckerPoint(direction.core / (descent or 1.0), direction.factors)

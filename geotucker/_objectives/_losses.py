@@ -48,7 +48,7 @@ class Squared:
 
     def value(self, predicted: Array, observed: Array) -> float:
         """Return half of the sum of squares."""
-        return 0.5 * _ops.norm(predicted - observed) ** 2
+        return 0.5 * _ops.square_norm(predicted - observed)
 
     def slope(self, predicted: Array, observed: Array) -> Array:
         """Return the residual."""

@@ -223,6 +223,16 @@ def test_errors_name_the_step(numpy_problem, loss, gradient, message):
     assert all(np.isfinite(gt.to_dense(point)).all() for point in points)
 
 
+@pytest.mark.parametrize("ridge", [0.0, 1.0])
+def test_divergence_is_told(backend, ridge):
+    # The loss leaves the numbers before the tensor does.
+    case = Case(backend, "float64", (5, 3, 4), (2, 2, 3), 0)
+    fit = gt.least_squares(case.array(case.normal(*case.shape)), ridge=ridge)
+    message = r"step \d+: loss: expected a finite number, got inf"
+    with pytest.raises(gt.NonFiniteError, match=message):
+        gt.minimize(fit, case.point(), integrator=gt.TDLRT(lr=1e10), steps=50)
+
+
 def test_the_last_loss_is_checked_too(numpy_problem):
     start, _ = numpy_problem
     with pytest.raises(gt.NonFiniteError, match=r"after 0 steps: loss: .* got nan"):

@@ -380,6 +380,16 @@ ERRORS = {
         gt.NonFiniteError,
         "inputs: expected finite numbers",
     ),
+    "start from what is too large": (
+        lambda: gt.least_squares(1e200 * ONES, ridge=1.0).start(1),
+        gt.NonFiniteError,
+        "loss: expected a finite number, got inf; scale the data",
+    ),
+    "growth of what is too large": (
+        lambda: gt.least_squares(ONES).grow(gt.hosvd(1e200 * ONES, 1), 2),
+        gt.NonFiniteError,
+        "loss: expected a finite number, got inf; scale the data",
+    ),
     "outputs of another dtype": (
         lambda: gt.regression(np.ones((2, 3)), np.ones(2, "f4")),
         gt.BackendError,
