@@ -102,15 +102,16 @@ class TuckerPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, TensorSamples
         rule = _rule(self.ranks, shape, count)
         mean = samples.mean(axis=0)
         core, factors = np.moveaxis(samples - mean, 0, -1), []
-        total = _ops.norm(core) ** 2
+        total = _ops.norm(core) or 1.0
         for mode in range(len(shape)):
             core, basis, _ = cut_mode(core, mode, rule, shape)
             factors.append(basis)
         self.mean_, self.factors_ = mean, factors
         self.ranks_ = core.shape[:-1]
         self.n_components_ = self._n_features_out = math.prod(self.ranks_)
-        squares = np.sum(core.reshape(-1, count) ** 2, axis=1)
-        self.explained_variance_ratio_ = squares / total if total else squares
+        # Divided first, and in float64: squares may leave the range of either precision.
+        shares = np.divide(core.reshape(-1, count), total, dtype=np.float64)
+        self.explained_variance_ratio_ = np.sum(shares**2, axis=1).astype(core.dtype)
         return self
 
     def transform(self, X: Any) -> Array:

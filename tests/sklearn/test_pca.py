@@ -121,6 +121,17 @@ def test_samples_without_variance_are_explained():
     assert np.all(model.explained_variance_ratio_ == 0.0)
 
 
+@pytest.mark.parametrize(
+    ("scale", "dtype"), [(1e20, "f4"), (1e-25, "f4"), (1e160, "f8"), (1e-170, "f8")]
+)
+def test_what_is_explained_does_not_depend_on_the_scale(scale, dtype):
+    samples = (scale * SAMPLES).astype(dtype)
+    shares = TuckerPCA(2).fit(samples).explained_variance_ratio_
+    assert shares.dtype == dtype
+    np.testing.assert_allclose(shares, TuckerPCA(2).fit(SAMPLES).explained_variance_ratio_, 1e-3)
+    assert np.sum(shares) == pytest.approx(TuckerPCA(2).fit(samples).score(samples), rel=1e-5)
+
+
 def test_single_precision_stays():
     single = SAMPLES.astype(np.float32)
     model = TuckerPCA(2).fit(single)
