@@ -27,8 +27,10 @@ class ConjugateGradient:
        from the change of the gradient along the last step;
     3. ``W + t xi``, truncated by the rank rule, with t shortened until Armijo's condition holds.
 
-    The loss never rises. Ranks may be fixed or grow (`Growing`); a rule that cuts more than
-    a step gains, such as a coarse `Tolerance`, brings it to a halt: use `TDLRT` for those.
+    The loss rises only where no length makes up for what the rule cuts from the start, or from any
+    point as its schedule goes on: then that is cut all the same, and the next step starts there.
+    Ranks may be fixed or grow (`Growing`); a rule that cuts more than a step gains later on, such
+    as a coarse `Tolerance`, brings it to a halt: use `TDLRT` for those.
 
     Parameters
     ----------
@@ -39,8 +41,8 @@ class ConjugateGradient:
     decrease : float
         Share in (0, 1) of the predicted descent that a step must reach.
     trials : int
-        Lengths to try in a step. If none is good enough the point stays, and the next step is one
-        of steepest descent.
+        Lengths to try in a step. If none is good enough the point stays, but for what the rule
+        cuts, and the next step is one of steepest descent.
 
     Raises
     ------
@@ -135,8 +137,13 @@ class ConjugateGradient:
                 at, loss, slope, first, decrease=self.decrease, trials=self.trials, noise=noise
             )
         if cut is None:  # the next step forgets the past
-            report = Report(loss, norm, point.ranks, 0.0, 1 + count)
-            return StepResult(point, State(state.step + 1, ()), report)
+            end, bound = point, 0.0
+            if state.step == 0 or rule is not ranks:  # the rule has not seen this point
+                (own,) = truncate([point], rule, [Facts(point.ranks, 0.0)])
+                if own.shrunk:
+                    end, bound = own.point, own.error_bound
+            report = Report(loss, norm, end.ranks, bound, 1 + count)
+            return StepResult(end, State(state.step + 1, ()), report)
         report = Report(loss, norm, cut.point.ranks, cut.error_bound, 1 + count)
         past = (_combined(length, direction), tangent)
         moments = tuple(geometry.transport(point, vector, cut.point) for vector in past)

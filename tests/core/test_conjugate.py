@@ -177,6 +177,21 @@ def test_ranks_grow_from_one(integrator):
     assert_close(case.dense(result.point), target, 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("rule", "parameters"),
+    [(2, 50), (gt.Budget(parameters=0.3), 100), (gt.Budget(parameters=40, steps=5, start=300), 40)],
+)
+def test_ranks_are_kept_where_they_cost_more_than_a_step_gains(rule, parameters):
+    case = Case(NUMPY, "float64", (8, 7, 6), (4, 4, 4), 0)
+    target = case.array(case.normal(*case.shape))
+    fit, start = gt.least_squares(target), gt.hosvd(target, 4)
+    result = gt.minimize(fit, start, integrator=CG, ranks=rule, steps=12)
+    assert result.point.size <= parameters
+    assert result.loss < fit(gt.round(start, result.point.ranks))[0]
+    assert result.history[-1].ranks == result.point.ranks
+    assert_orthonormal(case, result.point)
+
+
 def test_growing_is_checked():
     for settings in ({"ranks": 0}, {"ranks": 2, "every": 0}, {"ranks": 2, "start": 0}):
         with pytest.raises(gt.RankError, match=f"{list(settings)[-1]}: expected"):
