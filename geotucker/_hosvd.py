@@ -10,7 +10,15 @@ from . import _ops
 from ._errors import RankError, ShapeError
 from ._ops import Array
 from ._ranks import Facts, ModeRule, RankRule, Ranks, Spectrum, Values, as_rule, choose, tail_norms
-from ._tensor import TuckerPoint, as_point, check_finite, check_floating, check_real, pair_of
+from ._tensor import (
+    TuckerPoint,
+    as_fitting,
+    as_point,
+    check_floating,
+    check_norm,
+    check_real,
+    pair_of,
+)
 
 __all__ = [
     "Truncation",
@@ -78,6 +86,13 @@ def orthonormalise(point: Any) -> TuckerPoint:
     TuckerPoint
         Factors with ``U_i^T U_i = I`` to rounding, also where columns were dependent.
 
+    Raises
+    ------
+    ShapeError, BackendError
+        If it is no Tucker tensor, as for `as_point`.
+    NonFiniteError
+        If an entry is NaN or infinite, or the norm is beyond the dtype.
+
     Examples
     --------
     >>> import numpy as np, geotucker as gt
@@ -85,9 +100,13 @@ def orthonormalise(point: Any) -> TuckerPoint:
     >>> abs(point.core).tolist()
     [[6.0]]
     """
-    point = as_point(point)
+    point = as_fitting(point)
     pairs = [_ops.qr(factor) for factor in point.factors]
-    core = _ops.multi_mode_product(point.core, [r for _, r in pairs])
+    with np.errstate(over="ignore", invalid="ignore"):  # what comes of it raises
+        core = _ops.multi_mode_product(point.core, [r for _, r in pairs])
+    if not _ops.norm(core) <= _ops.largest_number(core):
+        as_point(point)  # names what was not finite before
+        check_norm(core, "core with orthonormal factors")
     return TuckerPoint(core, tuple(q for q, _ in pairs))
 
 
@@ -149,7 +168,7 @@ def spectrum(point: Any) -> Spectrum:
     Raises
     ------
     NonFiniteError
-        If the core holds NaN or infinity.
+        If the core holds NaN or infinity, or its norm is beyond the dtype.
 
     Examples
     --------
@@ -159,7 +178,7 @@ def spectrum(point: Any) -> Spectrum:
     [[4.0, 3.0], [4.0, 3.0]]
     """
     point = pair_of(point)
-    check_finite(point.core, "core")
+    check_norm(point.core, "core")
     ((found, _),) = _decompose_all([point.core], [point.shape], [Facts()])
     return found
 
@@ -190,7 +209,7 @@ def truncate(
     RankError
         If the rule returns unusable ranks, or there is not one of `facts` for each point.
     NonFiniteError
-        If a core holds NaN or infinity.
+        If a core holds NaN or infinity, or its norm is beyond the dtype.
 
     Examples
     --------
@@ -201,9 +220,11 @@ def truncate(
     ((2, 2), '0.001414')
     """
     points = [pair_of(point) for point in points]
-    if not all(map(math.isfinite, _ops.largest([point.core for point in points]))):
+    norms = _ops.norms([point.core for point in points])
+    limits = [_ops.largest_number(point.core) for point in points]
+    if not all(norm <= limit for norm, limit in zip(norms, limits, strict=True)):
         for point in points:  # else some backends' SVD fails and some returns NaN
-            check_finite(point.core, "core")
+            check_norm(point.core, "core")
     facts = [Facts()] * len(points) if facts is None else facts
     if len(facts) != len(points):
         raise RankError(f"facts: expected one for each of {len(points)} points, got {len(facts)}")
@@ -363,7 +384,8 @@ def hosvd(tensor: Array, ranks: Any) -> TuckerPoint:
     Raises
     ------
     BackendError, NonFiniteError, RankError, ShapeError
-        For arrays and ranks that cannot be used.
+        For arrays and ranks that cannot be used; NonFiniteError also if the norm, and so perhaps
+        an entry of the core, is beyond the dtype.
 
     References
     ----------
@@ -405,8 +427,8 @@ def st_hosvd(tensor: Array, ranks: Any) -> TuckerPoint:
     Raises
     ------
     BackendError, NonFiniteError, RankError, ShapeError
-        For arrays and ranks that cannot be used; RankError also if the rule needs the
-        spectra of all modes at once.
+        For arrays and ranks that cannot be used, as for `hosvd`; RankError also if the rule needs
+        the spectra of all modes at once.
 
     References
     ----------
@@ -468,4 +490,4 @@ def _check_tensor(tensor: Array) -> None:
     check_floating(tensor, "tensor")
     if not _ops.shape(tensor):
         raise ShapeError("tensor: expected order at least 1, got a scalar")
-    check_finite(tensor, "tensor")
+    check_norm(tensor, "tensor")

@@ -38,6 +38,7 @@ __all__ = [
     "is_real_floating",
     "itemsize",
     "largest",
+    "largest_number",
     "leading",
     "like",
     "lists",
@@ -83,6 +84,12 @@ _TINY = {
     "bfloat16": 2.0**-126,
     "float32": 2.0**-126,
     "float64": 2.0**-1022,
+}
+_LARGEST = {
+    "float16": 65504.0,
+    "bfloat16": (2.0 - 2.0**-7) * 2.0**127,
+    "float32": (2.0 - 2.0**-23) * 2.0**127,
+    "float64": sys.float_info.max,
 }
 # LAPACK has no half precision: QR and SVD of these run in float32.
 _HALF = {"float16", "bfloat16"}
@@ -215,6 +222,11 @@ def eye(size: int, like: Array) -> Array:
 def eps(array: Array) -> float:
     """Return the distance from 1 to the next number of the array's dtype."""
     return _EPS[dtype_name(array)]
+
+
+def largest_number(array: Array) -> float:
+    """Return the largest finite number of the array's dtype."""
+    return _LARGEST[dtype_name(array)]
 
 
 def leading(array: Array, extents: Sequence[int], skip: int | None = None) -> Array:

@@ -81,7 +81,7 @@ def decompose_file(
     RankError
         For ranks that cannot be used, or rules that need the spectra of all modes at once.
     NonFiniteError
-        If an entry is NaN or infinite.
+        If an entry is NaN or infinite, or the norm is beyond the result's dtype.
     MemoryLimitError
         If the memory does not suffice: for a piece of the tensor, or for what is left of it once
         all modes that can be read piece by piece are truncated.
@@ -145,6 +145,12 @@ class _Streamed:
         """Return core, factors, relative error and the number of passes."""
         self._truncate_in_pieces()
         held, error, norm = self._hold()
+        limit = float(np.finfo(self.file.dtype).max)
+        if not norm <= limit:
+            raise NonFiniteError(
+                f"{self.file.path}: expected a norm of at most {limit:.1e}, the largest number of "
+                f"{self.file.dtype}, got {norm:.1e}; scale the tensor"
+            )
         factors = dict(self.bases)
         for mode in range(len(self.shape)):
             if mode not in self.bases:

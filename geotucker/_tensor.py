@@ -202,6 +202,17 @@ def check_finite(array: Array, name: str) -> None:
         )
 
 
+def check_norm(array: Array, name: str) -> None:
+    """Raise NonFiniteError if the norm, and so perhaps a decomposition, is beyond the dtype."""
+    norm, limit = _ops.norm(array), _ops.largest_number(array)
+    if not norm <= limit:
+        check_finite(array, name)
+        raise NonFiniteError(
+            f"{name}: expected a norm of at most {limit:.1e}, the largest number of "
+            f"{_ops.dtype_name(array)}, got {norm:.1e}; scale it, or use a wider dtype"
+        )
+
+
 def check_alike(a: TuckerPoint, b: TuckerPoint) -> None:
     """Raise an error unless both stand for tensors of one shape, library and dtype."""
     check_like(b.core, a.core, "b")

@@ -10,6 +10,7 @@ from sklearn.utils.validation import check_is_fitted
 import geotucker as gt
 from geotucker import _ops
 from geotucker._hosvd import as_mode_rule, cut_mode
+from geotucker._tensor import check_norm
 
 from ._samples import REAL, Array, TensorSamples, check_array
 
@@ -96,12 +97,15 @@ class TuckerPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, TensorSamples
         ValueError
             If X is not finite or has one sample; as `geotucker.ShapeError` if it does not fit
             `sample_shape`, as `geotucker.RankError` if `ranks` cannot be used.
+        geotucker.NonFiniteError
+            If the norm of the centred samples is beyond their dtype.
         """
         samples = self._check_samples(X, ensure_min_samples=2)
         shape, count = self.sample_shape_, len(samples)
         rule = _rule(self.ranks, shape, count)
         mean = samples.mean(axis=0)
         core, factors = np.moveaxis(samples - mean, 0, -1), []
+        check_norm(core, "X")
         total = _ops.norm(core) or 1.0
         for mode in range(len(shape)):
             core, basis, _ = cut_mode(core, mode, rule, shape)

@@ -178,6 +178,27 @@ def test_a_spectrum_of_nan_is_refused(backend):
         gt.spectrum((core, [core, core]))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_a_norm_beyond_the_dtype_is_refused(backend, dtype):
+    # Entries are finite, singular values and cores would not be.
+    largest = float(np.finfo(dtype).max)
+    huge = backend.array(np.full((6, 5), 0.5 * largest), dtype)
+    fits = backend.array(np.full((6, 5), 0.15 * largest), dtype)
+    one = backend.array(np.ones((1, 1)), dtype)
+    point = gt.TuckerPoint(one * backend.array(0.5 * largest, dtype), (4.0 * one, one))
+    for call in (
+        lambda tensor: gt.hosvd(tensor, 1),
+        lambda tensor: gt.st_hosvd(tensor, gt.Tolerance(0.1)),
+        lambda tensor: gt.spectrum((tensor, ())),
+        lambda tensor: gt.truncate([gt.TuckerPoint(tensor, ())], keep_all),
+    ):
+        with pytest.raises(gt.NonFiniteError, match=f"expected a norm of at most .* of {dtype}"):
+            call(huge)
+    with pytest.raises(gt.NonFiniteError, match="core with orthonormal factors: expected"):
+        gt.orthonormalise(point)
+    assert np.isfinite(backend.numpy(gt.hosvd(fits, 1).core)).all()
+
+
 def test_small_singular_values_survive_a_wide_unfolding(backend):
     # Through the Gram matrix they would drown at 1e-8.
     case = Case(backend, "float64", (3, 40), (3, 3), 0)

@@ -274,6 +274,12 @@ ERRORS: dict[str, tuple[Any, Any, type[Exception], str]] = {
     "nan": (NAN, 2, gt.NonFiniteError, "got NaN or infinity among the entries 1568 to 2687"),
     "infinite": (NAN * np.inf, 2, gt.NonFiniteError, "expected finite numbers"),
     "huge": (NOISY * 1e200, 2, gt.NonFiniteError, "leaves the range of float64; scale"),
+    "huge for single precision": (
+        np.full((8, 8), 3e38, "f4"),
+        2,
+        gt.NonFiniteError,
+        "expected a norm of at most 3.4e+38, the largest number of float32, got 2.4e+39; scale",
+    ),
     "tiny": (NOISY * 1e-200, 2, gt.NonFiniteError, "leaves the range of float64; scale"),
     "ranks": (NOISY, (2, 2), gt.RankError, "expected 3 positive integers"),
     "budget": (NOISY, gt.Budget(parameters=9), gt.RankError, "decompose_file needs a rule that"),

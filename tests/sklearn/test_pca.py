@@ -152,6 +152,12 @@ def test_a_search_chooses_ranks_in_a_pipeline():
 FAILURES = {
     "one sample": (TuckerPCA(), SAMPLES[:1], ValueError, "minimum of 2 is required"),
     "NaN": (TuckerPCA(), np.full((3, 2, 2), np.nan), ValueError, "NaN"),
+    "a norm beyond numbers": (
+        TuckerPCA(),
+        np.array([[1.7e308, 0.0, 1.7e308], [-1.7e308, 0.0, -1.7e308]]),
+        gt.NonFiniteError,
+        "X: expected a norm of at most 1.8e[+]308, the largest number of float64",
+    ),
     "complex": (TuckerPCA(), SAMPLES * 1j, ValueError, "Complex"),
     "product": (
         TuckerPCA(sample_shape=(7, 8)),
