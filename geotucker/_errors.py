@@ -43,7 +43,7 @@ class NonFiniteError(GeotuckerError, ArithmeticError):
 
 
 class StepSizeError(GeotuckerError, ArithmeticError):
-    """An adaptive step size that has shrunk to the rounding of the time."""
+    """A step size below the rounding of the time, given or adapted to."""
 
 
 class BackendError(GeotuckerError, TypeError):

@@ -167,7 +167,7 @@ def integrate(
         If the field or the solution is NaN or infinite; the message names the time. Points
         that the callback was given stay valid.
     StepSizeError
-        If the tolerance asks for steps too short to move the time.
+        If `step` is, or the tolerance asks for steps, too short to move the time.
 
     References
     ----------
@@ -188,18 +188,21 @@ def integrate(
     (1.0, (1, 1))
     """
     begin, end = _check_span(span)
-    if order not in STEPS:
+    if order not in tuple(STEPS):
         raise ValueError(f"order: expected 1 or 2, got {order!r}")
     point = orthonormalise(start)
-    _check_pace(step, tolerance, _ops.eps(point.core))
+    _check_pace(step, tolerance, _ops.eps(point.core), begin, end)
     duration = abs(end - begin)
     control = (
         None if tolerance is None else _Control(float(tolerance), order, duration, ranks is None)
     )
+    count = 0
     if control is None and step is not None:
-        step = duration / math.ceil(duration / step * (1 - 1e-12))
+        count = math.ceil(duration / step * (1 - 1e-12))
+        step = duration / count
     rule = as_rule(point.ranks if ranks is None else ranks)
-    run = _Run(field, STEPS[order], end, control, None if control and ranks is None else rule)
+    truncation = None if control and ranks is None else rule
+    run = _Run(field, STEPS[order], begin, end, count, control, truncation)
     time, length, history, stopped = begin, step, list[TimeStep](), "span"
     with bar("integrate", duration, progress) as advance:
         while time != end:
@@ -221,7 +224,9 @@ class _Run(NamedTuple):
 
     field: Field
     method: Step
+    begin: float
     end: float
+    fixed: int  # number of fixed steps; 0 if they adapt
     control: _Control | None
     rule: RankRule | None  # None: what the control's tolerance leaves for truncation
 
@@ -234,7 +239,7 @@ class _Run(NamedTuple):
             length = _first_length(point, slope, abs(self.end - time))
         rejected = 0
         while True:
-            signed, after = self._aim(time, length)
+            signed, after = self._aim(time, length, number)
             size, ratio, cause = abs(signed), math.inf, None
             try:
                 attempt = self.method(
@@ -264,10 +269,13 @@ class _Run(NamedTuple):
         )
         return cut.point, record, size * self.control.factor(ratio) if self.control else length
 
-    def _aim(self, time: float, length: float) -> tuple[float, float]:
+    def _aim(self, time: float, length: float, number: int) -> tuple[float, float]:
         """Return the signed length of the next step and the time after it."""
+        if number + 1 < self.fixed:  # lengths that are added up would gather rounding errors
+            signed = math.copysign(length, self.end - self.begin)
+            return signed, self.begin + (number + 1) * signed
         left = self.end - time
-        if length >= abs(left) * (1 - 1e-9):  # no last step of the size of rounding
+        if self.fixed or length >= abs(left) * (1 - 1e-9):  # no last step of the size of rounding
             return left, self.end
         signed = math.copysign(length, left)
         return signed, time + signed
@@ -309,11 +317,19 @@ def _check_span(span: tuple[float, float]) -> tuple[float, float]:
     return begin, end
 
 
-def _check_pace(step: float | None, tolerance: float | None, eps: float) -> None:
+def _check_pace(
+    step: float | None, tolerance: float | None, eps: float, begin: float, end: float
+) -> None:
     if step is None and tolerance is None:
         raise ValueError("step: expected a length, or a tolerance by which it adapts; got neither")
     if step is not None and not (math.isfinite(step) and step > 0):
         raise ValueError(f"step: expected a positive number, got {step}")
+    shortest = _EPS * max(abs(begin), abs(end))
+    if step is not None and step < shortest:
+        raise StepSizeError(
+            f"step: expected at least {shortest:.1e}, to which the times {begin:g} to {end:g} are "
+            f"rounded, got {step:g}; count time from the start"
+        )
     if tolerance is not None and not 16 * eps <= tolerance < 1:
         raise ValueError(
             f"tolerance: expected a number from {16 * eps:.1e}, the rounding of the dtype, "

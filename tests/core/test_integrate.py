@@ -299,6 +299,17 @@ def test_time_runs_backwards():
     assert relative_error(back, gt.to_dense(start)) < 3e-4
 
 
+def test_fixed_steps_do_not_gather_the_rounding_of_time():
+    # Times are multiples of 2.4e-7 here.
+    begin, end = 1.7e9, 1.7e9 + 1e-4
+    result = gt.integrate(lambda t, y: gt.scale(y, -1.0), POINT, (begin, end), step=1e-6)
+    count = len(result.history)
+    assert count == pytest.approx(100, abs=1)
+    assert [record.time for record in result.history] == [
+        begin + (k + 1) * ((end - begin) / count) for k in range(count)
+    ]
+
+
 # Ranks.
 
 
@@ -404,6 +415,7 @@ class Contracts:
 
 ERRORS = {
     "order": ({"order": 3}, ValueError, "order: expected 1 or 2, got 3"),
+    "orders": ({"order": [1]}, ValueError, "order: expected 1 or 2, got [1]"),
     "three times": ({"span": (0, 1, 2)}, ValueError, "span: expected two numbers"),
     "no times": ({"span": 1.0}, ValueError, "span: expected two numbers, got 1.0"),
     "one time": ({"span": (1, 1)}, ValueError, "span: expected two different finite times"),
@@ -411,6 +423,11 @@ ERRORS = {
     "no pace": ({"step": None}, ValueError, "step: expected a length, or a tolerance"),
     "step": ({"step": 0.0}, ValueError, "step: expected a positive number, got 0.0"),
     "step nan": ({"step": math.nan}, ValueError, "step: expected a positive number, got nan"),
+    "step below the rounding of time": (
+        {"span": (1.7e9, 1.7e9 + 1e-5), "step": 1e-7},
+        gt.StepSizeError,
+        "step: expected at least 3.8e-07, to which the times 1.7e+09 to 1.7e+09 are rounded",
+    ),
     "tolerance": ({"tolerance": 1e-17}, ValueError, "tolerance: expected a number from 3.6e-15"),
     "loose": ({"tolerance": 1.0}, ValueError, "to 1, got 1.0"),
     "start": ({"start": 3.0}, gt.ShapeError, "point: expected a pair"),
