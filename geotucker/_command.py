@@ -53,6 +53,8 @@ def decompose(
     """
     with _failing():
         rule, limit = _rule(tolerance, ranks), _bytes(memory)
+        if data.is_dir():  # which may have no name to derive the result's from
+            raise IsADirectoryError(f"{data}: expected the name of a file, got a folder")
         target = out or data.with_name(data.name.removesuffix(".npy") + _ENDING)
         with replacing(target, force) as file:  # what cannot be written fails before the work
             result = decompose_file(data, rule, memory=limit, progress=not quiet)

@@ -4,11 +4,13 @@ import errno
 import math
 import os
 import shutil
-import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tokenize import TokenError
 from typing import IO, Any, TypeAlias
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -77,7 +79,9 @@ def _header(file: IO[bytes], path: Path) -> tuple[tuple[int, ...], bool, "np.dty
     try:
         version = np.lib.format.read_magic(file)
         shape, fortran, dtype = readers[version](file)
-    except (KeyError, ValueError) as error:
+        if min(shape, default=0) < 0:
+            raise ValueError(f"shape {shape}")
+    except (KeyError, SyntaxError, ValueError, TokenError) as error:
         raise FileFormatError(
             f"{path}: expected a .npy file, an array of numbers saved by numpy.save"
         ) from error
@@ -240,7 +244,9 @@ def load(path: PathLike) -> TuckerPoint:
                 raise ValueError("one array, not several")
             names = [f"factor_{mode}" for mode in range(len(parts.files) - 1)]
             core, factors = parts["core"], tuple(parts[name] for name in names)
-    except (EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except (EOFError, KeyError, OSError, RuntimeError, ValueError, BadZipFile, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise  # no fault of the content, unlike a place before the file's beginning
         raise FileFormatError(
             f"{path}: expected a Tucker tensor: a .npz file of core, factor_0, factor_1, ..."
         ) from error

@@ -83,6 +83,8 @@ FAILURES = {
     "decompose data.npy --ranks 3 --out . --force": ".: expected the name of a file",
     "decompose complex.npy --ranks 3": "expected real numbers of at most 64 bits, got complex128",
     "decompose nan.npy --ranks 3": "nan.npy: expected finite numbers",
+    "decompose damaged.npy --ranks 3": "damaged.npy: expected a .npy file",
+    "decompose . --ranks 3": ".: expected the name of a file, got a folder",
     "reconstruct data.npy": "data.npy: expected a Tucker tensor",
     "reconstruct nothing.npz": "No such file or directory: 'nothing.npz'",
 }
@@ -94,6 +96,7 @@ def test_failures_are_one_line_and_leave_nothing(
 ) -> None:
     np.save("complex.npy", TENSOR + 1j)
     np.save("nan.npy", TENSOR * np.nan)
+    Path("damaged.npy").write_bytes(Path("data.npy").read_bytes().replace(b"}", b"\xfe"))
     before = sorted(data.iterdir())
     code, out, err = run(capsys, f"{line} --quiet")
     assert (code, out) == (2, "")

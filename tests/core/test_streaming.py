@@ -5,6 +5,7 @@ import math
 import os
 import re
 import stat
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -330,6 +331,30 @@ def test_files_that_are_no_tucker_tensors(tmp_path, put):
     np.savez(pickled, core=np.array([{}], dtype=object), factor_0=np.ones((2, 2)))
     with pytest.raises(gt.FileFormatError, match="expected a Tucker tensor"):
         gt.load(pickled)
+
+
+@pytest.mark.parametrize("place", [10, 22, 61, 66, 127])
+def test_damaged_headers_are_told(put, place):
+    # Among what these characters make of it: no tokens, leading zeros, negative sides.
+    whole = put(NOISY).read_bytes()
+    for character in b"0-[({'\"#\n\xfe":
+        path = put(NOISY)
+        path.write_bytes(whole[:place] + bytes([character]) + whole[place + 1 :])
+        with suppress(gt.FileFormatError, gt.BackendError, gt.ShapeError):
+            gt.decompose_file(path, 2)
+
+
+@pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
+def test_damaged_archives_are_told(tmp_path, write):
+    path = tmp_path / "point.npz"
+    write(path, core=np.ones((1, 2)), factor_0=np.ones((3, 1)), factor_1=np.ones((2, 2)))
+    whole = path.read_bytes()
+    for place in range(0, len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 0xFE
+        path.write_bytes(damaged)
+        with suppress(gt.FileFormatError, gt.ShapeError, gt.NonFiniteError):
+            gt.load(path)
 
 
 def test_reads_are_pieces_of_the_file(put):
