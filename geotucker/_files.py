@@ -3,6 +3,7 @@
 import errno
 import math
 import os
+import secrets
 import shutil
 import zlib
 from collections.abc import Iterator
@@ -105,8 +106,8 @@ def replacing(
     """Yield a hidden file beside `path` that takes its place when all has been written.
 
     Whatever ends the process, `path` holds what it held before or all that is new. What fails
-    leaves no hidden file; a process that is killed does, and the next one of that name writes over
-    it. A link stays a link, and a file that is private stays so.
+    leaves no hidden file; a process that is killed does, and a `writer` that is started again
+    writes over its own. A link stays a link, and a file that is private stays so.
 
     Parameters
     ----------
@@ -115,8 +116,8 @@ def replacing(
     overwrite : bool
         Whether there may be such a file already.
     writer : int, optional
-        In the hidden file's name: who writes at the same time has another. By default the number of
-        the process.
+        In the hidden file's name: who writes at the same time has another. By default a random
+        number, so that threads may write at the same time: the last one to end wins.
 
     Raises
     ------
@@ -145,7 +146,9 @@ def replacing(
         raise FileExistsError(f"{path}: exists already; choose another name or allow to overwrite")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {target.parent}; make it first")
-    beside = target.with_name(f".{target.name}.{os.getpid() if writer is None else writer}.part")
+    own = secrets.token_hex(8) if writer is None else writer
+    # Of a long name the end, so that the hidden one is no longer than names may be.
+    beside = target.with_name(f".{target.name[-50:]}.{own}.part")
     try:
         with beside.open("wb") as file:
             if target.exists():

@@ -200,6 +200,19 @@ def test_a_file_appears_complete_or_not_at_all(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_threads_may_write_one_file(tmp_path):
+    # Both are open at once; what the last one to end has written is there as a whole.
+    path = tmp_path / ("very long name " * 16)
+    with replacing(path, overwrite=True) as first:
+        first.write(b"half of ")
+        with replacing(path, overwrite=True) as second:
+            second.write(b"another")
+        assert path.read_bytes() == b"another"
+        first.write(b"the first")
+    assert path.read_bytes() == b"half of the first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.skipif(os.name != "posix", reason="needs permissions")
 def test_a_private_file_stays_private(tmp_path):
     path = tmp_path / "result"
