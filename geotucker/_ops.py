@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
+from threading import Lock
 from types import ModuleType
 from typing import Any, TypeAlias
 
@@ -107,16 +108,21 @@ def _name_of(kind: type) -> str:
     )
 
 
+_LOADING = Lock()
+
+
 @lru_cache(maxsize=8)
 def _load(name: str) -> Any:
     """Return TensorLy's backend object called `name`, without side effects on the process."""
     if name != "jax":
         return BackendManager.load_backend(name)
-    # Importing TensorLy's JAX backend turns on 64-bit mode for the whole process.
+    # Importing TensorLy's JAX backend turns on 64-bit mode for the whole process. A thread that
+    # came in between would take that for the users' choice.
     config = sys.modules["jax"].config
-    x64 = config.jax_enable_x64
-    backend = BackendManager.load_backend(name)
-    config.update("jax_enable_x64", x64)
+    with _LOADING:
+        x64 = config.jax_enable_x64
+        backend = BackendManager.load_backend(name)
+        config.update("jax_enable_x64", x64)
     return backend
 
 

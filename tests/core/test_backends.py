@@ -194,6 +194,9 @@ X64 = """
 import jax
 jax.config.update("jax_enable_x64", {before})
 import jax.numpy as jnp, geotucker as gt
+from threading import Thread
+first = [Thread(target=gt.norm, args=((jnp.ones(1), [jnp.ones((1, 1))]),)) for _ in range(4)]
+[thread.start() for thread in first], [thread.join() for thread in first]
 point = gt.hosvd(jnp.ones((3, 4)), 1)
 gt.TDLRT(0.1).step(point, lambda w: (0.0, jnp.ones((3, 4))), gt.State(0, ()), gt.Fixed(1))
 print(jax.config.jax_enable_x64, point.core.dtype, jnp.ones(1).dtype)
