@@ -485,7 +485,8 @@ def from_dlpack(array: Array, library: ModuleType) -> Array:
 
 
 def _cast(array: Array, dtype: Any) -> Array:
-    return _backend(array).tensor(array, dtype=dtype)
+    # TensorLy's tensor() would detach PyTorch's from their graph.
+    return array.to(dtype) if backend_name(array) == "pytorch" else array.astype(dtype)
 
 
 def floats(scalars: Sequence[Array]) -> list[float]:

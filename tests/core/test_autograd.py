@@ -33,6 +33,21 @@ def test_parameters_work_without_a_graph(integrator):
     assert all(parameter.grad is None for parameter in (pair[0], *pair[1]))
 
 
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+def test_gradients_go_through_a_decomposition_in_any_precision(name):
+    # Which works in another one inside.
+    tensor = np.random.default_rng(0).standard_normal((4, 5, 6))
+
+    def gradient(dtype):
+        array = torch.tensor(tensor, dtype=dtype, requires_grad=True)
+        gt.to_dense(gt.hosvd(array, 2))[0, 0].sum().backward()
+        return array.grad.double()
+
+    expected, got = gradient(torch.float64), gradient(getattr(torch, name))
+    tolerance = {"float32": 1e-5, "bfloat16": 0.1, "float16": 0.01}[name]
+    assert torch.linalg.norm(got - expected) < tolerance * torch.linalg.norm(expected)
+
+
 def test_numbers_come_without_warnings():
     # float() of a tensor that requires grad warns; warnings are errors here.
     pair = parameters()
