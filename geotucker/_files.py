@@ -191,7 +191,8 @@ def save(path: PathLike, point: Any, overwrite: bool = False) -> None:
     path : path
         Its name is taken as it is; the command line uses the ending ``.tucker.npz``.
     point : pair
-        Any ``(core, factors)``, saved as ``core``, ``factor_0``, ``factor_1``, ... .
+        Any ``(core, factors)``, saved as ``core``, ``factor_0``, ``factor_1``, ... ; bfloat16,
+        which NumPy lacks, as float32.
     overwrite : bool
         Whether a file of this name may be replaced, which happens all at once or not at all.
 

@@ -447,7 +447,9 @@ def vdots(pairs: Sequence[tuple[Array, Array]]) -> list[float]:
 
 
 def to_numpy(array: Array) -> "np.ndarray[Any, np.dtype[Any]]":
-    """Copy to a NumPy array on the host."""
+    """Copy to a NumPy array on the host; bfloat16, which NumPy lacks, becomes float32."""
+    if dtype_name(array) == "bfloat16":
+        array = _cast(array, _backend(array).float32)
     return np.asarray(_backend(array).to_numpy(array))
 
 

@@ -295,7 +295,7 @@ def reconstruct_file(
     Parameters
     ----------
     point : pair
-        Any ``(core, factors)``.
+        Any ``(core, factors)``; of bfloat16, which NumPy lacks, the file is float32.
     path : path
         The file to write, which appears when it is complete.
     memory : int

@@ -180,6 +180,20 @@ def test_save_and_load_on_every_backend(backend, tmp_path):
     assert_close(np.load(tmp_path / "full.npy"), TENSOR, 1e-14)
 
 
+def test_bfloat16_is_saved_as_single_precision(tmp_path):
+    torch, jax = pytest.importorskip("torch"), pytest.importorskip("jax")
+    for ones in (
+        lambda *shape: torch.ones(shape, dtype=torch.bfloat16, requires_grad=True),
+        lambda *shape: jax.numpy.ones(shape, jax.numpy.bfloat16),
+    ):
+        point = gt.TuckerPoint(ones(1, 1), (ones(3, 1), ones(2, 1)))
+        gt.save(tmp_path / "point.npz", point, overwrite=True)
+        loaded = gt.load(tmp_path / "point.npz")
+        assert {array.dtype for array in (loaded.core, *loaded.factors)} == {np.dtype("f4")}
+        gt.reconstruct_file(point, tmp_path / "full.npy", overwrite=True)
+        assert np.array_equal(np.load(tmp_path / "full.npy"), np.ones((3, 2), "f4"))
+
+
 def test_a_file_appears_complete_or_not_at_all(tmp_path):
     path = tmp_path / "result"
 
