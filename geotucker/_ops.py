@@ -36,6 +36,7 @@ __all__ = [
     "fold",
     "from_dlpack",
     "index_like",
+    "is_dense",
     "is_real_floating",
     "itemsize",
     "largest",
@@ -98,6 +99,16 @@ _HALF = {"float16", "bfloat16"}
 
 @lru_cache(maxsize=256)
 def _name_of(kind: type) -> str:
+    if issubclass(kind, np.ma.MaskedArray):
+        raise BackendError(
+            "expected an array without a mask, which would be ignored, got a masked one; pass the "
+            "entries that are known to geotucker.completion, or fill it"
+        )
+    if issubclass(kind, np.matrix):
+        raise BackendError(
+            "expected an array, got numpy.matrix, whose products and shapes differ; convert it "
+            "with numpy.asarray"
+        )
     for base in kind.__mro__:
         name = _BACKENDS.get(base.__module__.partition(".")[0])
         if name is not None and hasattr(kind, "dtype"):  # torch.nn.Module is no array
@@ -163,6 +174,11 @@ def dtype_name(array: Array) -> str:
 @lru_cache(maxsize=64)  # NumPy takes longer to spell a dtype than to add two small arrays
 def _word(dtype: Any) -> str:
     return str(dtype).rpartition(".")[2]
+
+
+def is_dense(array: Array) -> bool:
+    """Tell whether all entries are stored, unlike those of PyTorch's sparse layouts."""
+    return str(getattr(array, "layout", "torch.strided")) == "torch.strided"
 
 
 def is_real_floating(array: Array) -> bool:

@@ -167,11 +167,16 @@ def labels(point: TuckerPoint, name: str) -> list[str]:
 
 
 def check_floating(array: Array, name: str) -> None:
-    """Raise BackendError unless `array` is real floating and of a known library."""
+    """Raise BackendError unless `array` is dense, real floating and of a known library."""
     try:
         _ops.backend_name(array)
     except BackendError as error:
         raise BackendError(f"{name}: {error}") from None
+    if not _ops.is_dense(array):
+        raise BackendError(
+            f"{name}: expected a dense array, got one of layout {array.layout}; convert it with "
+            "to_dense()"
+        )
     if not _ops.is_real_floating(array):
         raise BackendError(
             f"{name}: expected a real floating dtype, got {_ops.dtype_name(array)}"

@@ -106,6 +106,21 @@ ERRORS = {
         gt.BackendError,
         "point.factors[0]: expected a real floating dtype, got complex128",
     ),
+    "a mask": (
+        lambda: gt.hosvd(np.ma.masked_array(TENSOR, TENSOR > 0), 1),
+        gt.BackendError,
+        "tensor: expected an array without a mask, which would be ignored",
+    ),
+    "numpy.matrix": (
+        lambda: gt.norm((MATRIX.core.view(np.matrix), MATRIX.factors)),
+        gt.BackendError,
+        "point.core: expected an array, got numpy.matrix",
+    ),
+    "a sparse array": (
+        lambda: gt.hosvd(torch.eye(3, dtype=torch.float64).to_sparse(), 1),
+        gt.BackendError,
+        "tensor: expected a dense array, got one of layout torch.sparse_coo; convert it",
+    ),
     "booleans": (lambda: gt.st_hosvd(TENSOR > 0, 1), gt.BackendError, "real floating dtype"),
     "strings": (lambda: gt.hosvd(np.array(["a"]), 1), gt.BackendError, "real floating dtype"),
     "mixed factors": (
