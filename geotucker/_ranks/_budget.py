@@ -153,7 +153,7 @@ class Budget:
     @property
     def _amount(self) -> float | int:
         amount: float | int = getattr(self, self._unit)
-        return amount
+        return float(amount) if _is_fraction(amount) else amount  # NumPy's half would overflow
 
     def at(self, step: int) -> "Budget":
         """Return the budget in force at a step, which has no schedule.

@@ -143,7 +143,7 @@ class Fixed(ModeRule):
             return feasible(self.ranks, shape)
         if isinstance(self.ranks, (int, np.integer)):
             return feasible([int(self.ranks)] * len(shape), shape)
-        budget = self.ranks * math.prod(shape)
+        budget = float(self.ranks) * math.prod(shape)  # NumPy's half precision would overflow
         low, high = 1, max(shape)  # the size grows with the cap: bisection
         while low < high:
             cap = (low + high + 1) // 2

@@ -474,6 +474,15 @@ def test_zeros_are_not_paid_for():
     assert gt.Budget(parameters=10**6)([small]) == [(9, 9)]  # small is not zero
 
 
+def test_a_fraction_in_half_precision_is_one():
+    share = np.float16(0.5)
+    rule, same = (gt.Budget(parameters=number) for number in (share, float(share)))
+    tensor = np.random.default_rng(0).standard_normal((60, 50, 40))
+    assert gt.hosvd(tensor, rule).ranks == gt.hosvd(tensor, same).ranks
+    moving = gt.Budget(parameters=share, steps=10, start=np.float16(0.75))
+    assert moving.at(10).parameters == 0.5
+
+
 def test_a_budget_for_none_and_for_one():
     assert gt.Budget(parameters=1)([]) == []
     tensor = np.random.default_rng(0).standard_normal((6, 5, 4))

@@ -55,6 +55,7 @@ def test_a_number_is_a_common_cap():
     assert gt.Fixed(10).for_shape((50, 20, 5, 5)) == (10, 10, 5, 5)
     assert gt.Fixed(0.25).for_shape((64, 64, 3, 3))[2:] == (3, 3)
     assert gt.Fixed((7, 6, 2, 1)).for_shape((50, 20, 5, 5)) == (7, 6, 2, 1)
+    assert gt.Fixed(np.float16(0.1)).for_shape((99, 99, 99)) == (43, 43, 43)
     assert gt.Fixed(1.0).for_shape((4, 5)) == (1, 1)  # rank 2 takes 22 numbers, dense 20
 
 
