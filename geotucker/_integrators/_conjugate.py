@@ -37,12 +37,13 @@ class ConjugateGradient:
     conjugate : bool
         False: steepest descent, beta is always 0.
     first : float
-        Length of the very first step to try where nothing else is known, relative to ``||W||``.
+        Length of the very first step to try where nothing else is known, relative to ``||W||``;
+        also of what is tried if all lengths from a longer one on were too long.
     decrease : float
         Share in (0, 1) of the predicted descent that a step must reach.
     trials : int
-        Lengths to try in a step. If none is good enough the point stays, but for what the rule
-        cuts, and the next step is one of steepest descent.
+        Lengths to try from each first one. If none is good enough the point stays, but for what
+        the rule cuts, and the next step is one of steepest descent.
 
     Raises
     ------
@@ -133,9 +134,20 @@ class ConjugateGradient:
             guess = self.first * (_ops.norm(point.core) / norm or 1.0)
             first = -slope / bend if 0.0 < bend < math.inf else guess
             noise = 8 * _ops.eps(point.core) * abs(loss)
-            length, cut, count = backtrack(
-                at, loss, slope, first, decrease=self.decrease, trials=self.trials, noise=noise
-            )
+            # Where a loss is all but flat its second derivative may be no guide to a length.
+            for longest in (first, guess) if guess < first else (first,):
+                length, cut, tried = backtrack(
+                    at,
+                    loss,
+                    slope,
+                    longest,
+                    decrease=self.decrease,
+                    trials=self.trials,
+                    noise=noise,
+                )
+                count += tried
+                if cut is not None:
+                    break
         if cut is None:  # the next step forgets the past
             end, bound = point, 0.0
             if state.step == 0 or rule is not ranks:  # the rule has not seen this point

@@ -221,6 +221,17 @@ def test_losses_of_counts_and_signs_are_minimised(name):
     assert np.corrcoef(gt.to_dense(result.point).ravel(), logits.ravel())[0, 1] > 0.4
 
 
+@pytest.mark.parametrize("logit", [-30.0, -50.0])
+def test_a_loss_that_is_flat_at_the_start_is_minimised(logit):
+    # The second derivative is exp(logit): the length that follows from it is beyond all bounds.
+    counts = np.random.default_rng(0).poisson(3.0, (6, 7, 8)).astype(float)
+    fit = gt.least_squares(counts, gt.Poisson())
+    start = gt.hosvd(np.full(counts.shape, logit), 1)
+    result = gt.minimize(fit, start, integrator=CG, steps=40)
+    constant = gt.hosvd(np.full(counts.shape, np.log(counts.mean())), 1)
+    assert result.loss < fit(constant)[0]
+
+
 def test_at_a_minimum_nothing_moves():
     point = gt.testing.random_point((5, 4, 3), (2, 2, 2))
     result = step(CG, point, gt.least_squares(gt.to_dense(point) * 0.0), 2)
