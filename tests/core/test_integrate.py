@@ -185,6 +185,20 @@ def test_the_defect_is_what_the_bases_do_not_hold():
         assert result.history[0].defect == pytest.approx(defect, rel=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1e20])
+def test_the_defect_of_a_sum_knows_no_scale_in_single_precision(scale):
+    start = gt.testing.random_point((8, 7, 6), (2, 2, 2), seed=1)
+    value = np.random.default_rng(2).standard_normal((8, 7, 6))
+
+    def defect(dtype, scale):
+        core, factors = gt.scale(start, scale)
+        point = gt.TuckerPoint(core.astype(dtype), tuple(u.astype(dtype) for u in factors))
+        field = gt.Sum([(scale * value).astype(dtype), point])
+        return gt.integrate(lambda t, y: field, point, (0, 1), step=1).history[0].defect
+
+    assert defect("f4", scale) == pytest.approx(scale * defect("f8", 1.0), rel=1e-3)
+
+
 # Order.
 
 
