@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
-from ._errors import NonFiniteError
+from . import _ops
+from ._errors import NonFiniteError, ShapeError
 from ._geometry import Gradient
 from ._hosvd import orthonormalise
 from ._integrators import Integrator, Report, State
@@ -112,6 +113,12 @@ def minimize(
         raise ValueError(f"steps: expected a number of at least 0, got {steps}")
     point = orthonormalise(start) if state is None else as_point(start, "start")
     rule = as_rule(point.ranks if ranks is None else ranks)
+    for moment in () if state is None else state.moments:
+        if (found := _ops.shape(moment.core)) != point.ranks:
+            raise ShapeError(
+                f"state: expected moments of the ranks {point.ranks} of start, got {found}; "
+                "both are those of one result"
+            )
     state = integrator.init(point) if state is None else state
     history: History = []
     stopped, evaluate = "steps", _Once(objective)

@@ -355,13 +355,14 @@ def value_and_gradient(function: Callable[[Array], Array], array: Array) -> tupl
         torch = sys.modules["torch"]
         with torch.enable_grad():
             leaf = array.detach().requires_grad_(True)
-            value = function(leaf)
-            if not (torch.is_tensor(value) and value.requires_grad):
+            value, gradient = function(leaf), None
+            if torch.is_tensor(value) and value.requires_grad:
+                (gradient,) = torch.autograd.grad(value, leaf, allow_unused=True)
+            if gradient is None:
                 raise BackendError(
                     "function: expected a scalar that PyTorch computed from the tensor, got "
-                    f"{type(value).__name__} without a graph; was it detached or rounded?"
+                    f"{type(value).__name__} without a graph to it; was it detached or rounded?"
                 )
-            (gradient,) = torch.autograd.grad(value, leaf)
         return float(value.detach()), gradient
     if name == "jax":
         value, gradient = sys.modules["jax"].value_and_grad(function)(array)

@@ -178,10 +178,9 @@ def check_floating(array: Array, name: str) -> None:
             "to_dense()"
         )
     if not _ops.is_real_floating(array):
-        raise BackendError(
-            f"{name}: expected a real floating dtype, got {_ops.dtype_name(array)}"
-            " (complex tensors are not supported)"
-        )
+        kind = _ops.dtype_name(array)
+        hint = "complex tensors are not supported" if "complex" in kind else "convert it first"
+        raise BackendError(f"{name}: expected a real floating dtype, got {kind} ({hint})")
     if 0 in _ops.shape(array):
         raise ShapeError(f"{name}: expected at least one entry, got shape {_ops.shape(array)}")
 

@@ -10,6 +10,7 @@ of each filled up, so that blocks stack: less than twice the entries in all.
 """
 
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
@@ -250,8 +251,11 @@ def completion(
     True
     """
     check_floating(values, "values")
-    entries = Entries(indices, tuple(int(n) for n in shape), values)
-    return Fit(entries, values, loss, ridge)
+    try:
+        sides = tuple(map(operator.index, shape))
+    except TypeError as error:
+        raise ShapeError(f"shape: expected integers, got {shape!r}") from error
+    return Fit(Entries(indices, sides, values), values, loss, ridge)
 
 
 def _checked(indices: Sequence[Any], shape: tuple[int, ...]) -> tuple[Host, ...]:

@@ -127,8 +127,13 @@ class ModeRule:
 
 
 def _previous(spectrum: Spectrum) -> Sequence[int | None]:
-    previous = spectrum.facts.previous
-    return [None] * len(spectrum.values) if previous is None else previous
+    previous, order = spectrum.facts.previous, len(spectrum.values)
+    if previous is not None and len(previous) != order:
+        raise RankError(
+            f"facts.previous: expected {order} ranks for a tensor of shape {spectrum.shape}, "
+            f"got {previous}"
+        )
+    return [None] * order if previous is None else previous
 
 
 def in_force(rule: RankRule, step: int) -> RankRule:

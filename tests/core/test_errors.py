@@ -121,6 +121,11 @@ ERRORS = {
         gt.BackendError,
         "tensor: expected a dense array, got one of layout torch.sparse_coo; convert it",
     ),
+    "another byte order": (
+        lambda: gt.hosvd(TENSOR.astype(">f8"), 1),
+        gt.BackendError,
+        "tensor: expected a real floating dtype, got >f8 (convert it first)",
+    ),
     "booleans": (lambda: gt.st_hosvd(TENSOR > 0, 1), gt.BackendError, "real floating dtype"),
     "strings": (lambda: gt.hosvd(np.array(["a"]), 1), gt.BackendError, "real floating dtype"),
     "mixed factors": (

@@ -233,6 +233,14 @@ def test_divergence_is_told(backend, ridge):
         gt.minimize(fit, case.point(), integrator=gt.TDLRT(lr=1e10), steps=50)
 
 
+def test_a_state_of_another_point_is_refused(numpy_problem):
+    start, objective = numpy_problem
+    done = gt.minimize(objective, start, integrator=gt.ConjugateGradient(), steps=1)
+    other = gt.round(start, 1)
+    with pytest.raises(gt.ShapeError, match=r"state: expected moments of the ranks \(1, 1.*"):
+        gt.minimize(objective, other, integrator=gt.ConjugateGradient(), state=done.state)
+
+
 def test_the_last_loss_is_checked_too(numpy_problem):
     start, _ = numpy_problem
     with pytest.raises(gt.NonFiniteError, match=r"after 0 steps: loss: .* got nan"):

@@ -224,6 +224,9 @@ def test_autodiff_refuses_what_it_cannot_differentiate():
     point = (torch.tensor(core), [torch.tensor(u) for u in factors])
     with pytest.raises(gt.BackendError, match="function: expected a scalar that PyTorch computed"):
         gt.Autodiff(lambda w: torch.tensor(1.0), dense=True)(point)
+    elsewhere = torch.ones((), requires_grad=True)  # a graph, but not to the tensor
+    with pytest.raises(gt.BackendError, match="got Tensor without a graph to it"):
+        gt.Autodiff(lambda w: 2.0 * elsewhere, dense=True)(point)
     for function, got in (
         (lambda w: w.sum().to(torch.complex128), "complex128 of shape ()"),
         (lambda w: w, "float64 of shape (5, 4)"),
@@ -379,6 +382,11 @@ ERRORS = {
         lambda: gt.regression(np.full((2, 3), np.inf), np.ones(2)),
         gt.NonFiniteError,
         "inputs: expected finite numbers",
+    ),
+    "shape": (
+        lambda: gt.completion(([0], [1]), np.ones(1), (2.7, 2)),
+        gt.ShapeError,
+        "shape: expected integers, got (2.7, 2)",
     ),
     "start from what is too large": (
         lambda: gt.least_squares(1e200 * ONES, ridge=1.0).start(1),

@@ -224,6 +224,12 @@ ERRORS = {
     "cap 2.5": (lambda: gt.Tolerance(0.1, cap=2.5), "cap: expected an integer"),
     "spare": (lambda: gt.Tolerance(0.1, spare=-1), "spare: expected zero or a positive"),
     "hysteresis": (lambda: gt.Tolerance(0.1, hysteresis=1.0), "hysteresis: expected a number in"),
+    "previous ranks": (
+        lambda: gt.truncate(
+            [gt.hosvd(np.eye(3), 2)], gt.Tolerance(0.1, hysteresis=0.2), [gt.Facts(previous=(1,))]
+        ),
+        "facts.previous: expected 2 ranks for a tensor of shape (3, 3), got (1,)",
+    ),
     "facts": (
         lambda: gt.truncate([gt.hosvd(TENSOR, 2)], gt.Fixed(1), []),
         "facts: expected one for each of 1 points, got 0",
