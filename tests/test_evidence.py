@@ -155,7 +155,7 @@ def test_compression_by_some_methods(
     path = tmp_path / "compression.csv"
     known = compression.methods_of(compression.PROBLEMS["lenet5"])
     tensors = [name for name in known if name.endswith(", layers as tensors")]
-    assert len(tensors) == 4
+    assert len(tensors) == 5
     methods = ";".join(["dense", "TDLRT", "SNIP", *tensors])
     options: dict[str, Any] = {"problem": "lenet5", "kept": "0.05,0.02", "epochs": 2, "jobs": 1}
     options |= {"seeds": 1, "device": "cpu", "methods": methods, "out": path}
@@ -163,7 +163,7 @@ def test_compression_by_some_methods(
     compression.main(rate=0.1, **{**options, "methods": "SNIP", "kept": "0.02"})
     rows = tables.read(path)
     ends = [row for row in rows if row["epoch"] == "2"]
-    assert len(rows) == 2 * len(ends) == 2 * (2 + 2 * 6)
+    assert len(rows) == 2 * len(ends) == 2 * (2 + 2 * 7)
     for row in ends:
         share = int(row["parameters"]) / 431_080
         assert 0.97 * float(row["kept"]) <= share <= float(row["kept"])

@@ -9,6 +9,7 @@ from torch.optim import swa_utils
 
 import geotucker as gt
 from geotucker import _ops
+from geotucker._tensor import check_finite
 
 from ._contract import without_autocast
 from ._slots import find_slots
@@ -53,6 +54,8 @@ class AveragedModel(swa_utils.AveragedModel):
         ------
         ValueError
             If its Tucker layers are of other shapes; nothing is changed then.
+        geotucker.NonFiniteError
+            If one of them has NaN or infinite entries; nothing is changed then.
         """
         mine, theirs = find_slots(self.module), find_slots(model)
         shapes = [[slot.point.shape for slot in slots] for slots in (theirs, mine)]
@@ -65,6 +68,7 @@ class AveragedModel(swa_utils.AveragedModel):
         wides, given, ranks = [], dict[Tensor, Tensor](), []
         for point, slot in zip(before, theirs, strict=True):
             own = gt.TuckerPoint(*_like(point.core, slot.settled_point))
+            check_finite(own.core, f"{slot.name}.core")
             with without_autocast(point.core):
                 wide = gt.augment(point, own.factors)
                 turns = [u.mT @ v for u, v in zip(wide.factors, own.factors, strict=True)]
@@ -74,7 +78,8 @@ class AveragedModel(swa_utils.AveragedModel):
             ranks.append(own.ranks)
         try:
             for slot, wide in zip(mine, wides, strict=True):
-                slot.write(wide)
+                # Copies: what is averaged is written in place.
+                slot.write(gt.TuckerPoint(wide.core, tuple(u.clone() for u in wide.factors)))
             super().update_parameters(_Seen(model, given))  # type: ignore[arg-type]
             averaged = [
                 gt.TuckerPoint(slot.core.detach(), wide.factors)

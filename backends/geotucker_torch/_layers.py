@@ -54,11 +54,6 @@ def _is_transformed() -> bool:
     return active or torch._C._is_tracing()
 
 
-def _is_in_backward() -> bool:
-    """Tell whether this runs within a backward pass."""
-    return torch._C._current_graph_task_id() != -1
-
-
 def _of_lift(name: str) -> Any:
     """Return an attribute that tied layers share."""
     return property(
@@ -107,6 +102,7 @@ class TuckerModule(nn.Module):
     narrow: gt.TuckerPoint | None = _of_lift("narrow")
     right: Right | None = _of_lift("right")
     lifted_norm: Tensor | None = _of_lift("lifted_norm")
+    pending: Any = _of_lift("pending")
     uses: int = _of_lift("uses")
     waiting: Waiting = _of_lift("waiting")
     peers: "Peers | None" = _of_lift("peers")
@@ -285,14 +281,22 @@ class TuckerModule(nn.Module):
         return self._run_here(run, *arguments)
 
     def _run_here(self, run: Callable[..., Tensor], *arguments: Any) -> Tensor:
-        if torch.is_grad_enabled():
-            if self.peers is not None:
-                self.peers.enter()
-            # Its gradient has been dropped, whoever did that; unless a backward pass is on its way,
-            # which has asked for this pass.
-            if self.is_lifted and self.core.grad is None and not _is_in_backward():
-                self.unlift()
+        if not torch.compiler.is_compiling() and self.is_dropped:
+            self.unlift()
+        if self.peers is not None and torch.is_grad_enabled():
+            self.peers.enter()
         return run(*arguments)
+
+    @property
+    def is_dropped(self) -> bool:
+        """Whether a lift has lost its gradient, whoever dropped that.
+
+        Not within a backward pass, which asks for this one as a part of it.
+        """
+        if self.narrow is None or self.core.grad is not None or not self._is_own:
+            return False
+        aside = torch.is_inference_mode_enabled() or torch._C._current_graph_task_id() != -1
+        return self.is_lifted and not aside
 
     @property
     def _bases(self) -> list[Tensor]:

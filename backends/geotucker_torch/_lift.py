@@ -158,8 +158,8 @@ class _Lifting(torch.autograd.Function):
         layer_map: LayerMap,
     ) -> Tensor:
         # `core` is an argument so that the output asks for gradients.
+        one = _Pass.of(layer, layer_map, x)
         with without_autocast(core):
-            one = _Pass.of(layer, layer_map, x)
             point, order, dtype = one.point, one.order, one.dtype
             one.a = a = _entered(one)
             own_bias = None if bias is None else _cast(bias.detach(), dtype)
@@ -228,8 +228,10 @@ def deliver(
     if layer.peers is not None:
         layer.peers.expect()
     # The whole gradient keeps input and output in memory, so that it only waits where it must.
-    waits = layer.uses > 1 or not layer.extension.galerkin or layer.peers is not None
-    if extends and waits:
+    waits = layer.uses != 1 or not layer.extension.galerkin or layer.peers is not None
+    if extends and layer.pending is not None:
+        _add_to_pending(layer, use())
+    elif extends and waits:
         _wait(layer, use())
     elif extends:
         _lift_alone(layer, use())
@@ -265,17 +267,30 @@ def _lift_alone(layer: "TuckerModule", use: Use) -> None:
     the narrow shape.
     """
     (wide,) = _extended([(layer, [use], use.directions)])
-    assert use.whole is not None
-    gradient = use.whole((use.point if wide is None else wide).factors)
+    layer.pending = wide, _whole(use, wide)
 
     def at_end() -> None:
-        with torch.no_grad():
-            if wide is not None:
-                layer.lift(wide, use.right)
-                layer.lifted_norm = gradient.abs().amax()
-            _accumulate(layer, gradient)
+        if layer.pending is not None:
+            (wide, gradient), layer.pending = layer.pending, None
+            with torch.no_grad():
+                if wide is not None:
+                    layer.lift(wide, use.right)
+                    layer.lifted_norm = gradient.abs().amax()
+                _accumulate(layer, gradient)
 
     Variable._execution_engine.queue_callback(at_end)
+
+
+def _add_to_pending(layer: "TuckerModule", use: Use) -> None:
+    """Add the gradient of a use that could not be known of: of an older graph, or recomputed."""
+    wide, gradient = layer.pending
+    layer.pending = wide, gradient + _whole(use, wide)
+
+
+def _whole(use: Use, wide: gt.TuckerPoint | None) -> Tensor:
+    """Return the whole gradient in wider bases, or in those that there are."""
+    assert use.whole is not None
+    return use.whole((use.point if wide is None else wide).factors)
 
 
 def finish(

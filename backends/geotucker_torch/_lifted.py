@@ -126,6 +126,9 @@ class Lift:
     right: Right | None = None
     lifted_norm: Tensor | None = None
     version: int = 0
+    # During a backward pass: the point that the tensor is lifted to at its end, None if that is not
+    # finite, and the whole gradient of its core there.
+    pending: tuple[gt.TuckerPoint | None, Tensor] | None = None
     # Forward passes since the bases were last moved: more than one may be in one graph.
     uses: int = 0
     # What they have for the gradients waits for the end of the backward pass, by the number of that
@@ -137,12 +140,12 @@ class Lift:
 
         One that is copied together with its model tells the copy what is to be.
         """
-        bare, own = Lift(), ("trained", "peers", "armed", "extension", "uses", "waiting")
+        bare, own = Lift(), ("trained", "peers", "armed", "extension", "pending", "uses", "waiting")
         return {**self.__dict__, **{name: getattr(bare, name) for name in own}}
 
     def forget_uses(self) -> None:
         """Start to count again, and drop what a backward pass that has failed left behind."""
-        self.uses = 0
+        self.uses, self.pending = 0, None
         self.waiting.clear()
 
 

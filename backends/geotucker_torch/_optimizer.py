@@ -297,7 +297,8 @@ class TDLRT(Optimizer):
             its bases would not move.
         """
         given = param_group["params"]
-        given = [given] if torch.is_tensor(given) else list(given)
+        if not isinstance(given, set):  # which torch refuses
+            given = [given] if torch.is_tensor(given) else list(given)
         group = {
             parameter[-1] if isinstance(parameter, tuple) else parameter for parameter in given
         }
@@ -456,6 +457,9 @@ class TDLRT(Optimizer):
             )
         loss = None
         with restored_if_it_fails(self, self._slots) as start, torch.no_grad():
+            for slot in self._slots:
+                if slot.layer is not None and slot not in slots:  # frozen, its gradient dropped
+                    slot.layer.unlift()
             previous = [slot.settled_ranks for slot in slots]
             self._forget_other_ranks(slots)
             right: dict[str, Right] = {}

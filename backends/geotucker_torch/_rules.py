@@ -136,8 +136,10 @@ def _what_is_left(
         _sizes(unit, spectrum.shape, spectrum.shape, spectrum.itemsize, spectrum.facts.flops)[1]
         for spectrum in spectra
     )
+    if not own:  # operations that nobody knows: the rule says so
+        return rule
     others = [
-        _sizes(unit, slot.point.shape, slot.point.ranks, slot.core.element_size(), flops_of(slot))
+        _sizes(unit, slot.point.shape, slot.settled_ranks, slot.core.element_size(), flops_of(slot))
         for slot in frozen
     ]
     taken, dense = (sum(sizes) for sizes in zip(*others, strict=True))

@@ -86,6 +86,14 @@ def test_models_that_do_not_fit_change_nothing():
     nn.init.constant_(broken[0].core, float("nan"))
     average.update_parameters(nn.Sequential(TuckerLinear(8, 6, 2)))
     state = copy.deepcopy(average.state_dict())
-    with pytest.raises(gt.NonFiniteError):
+    with pytest.raises(gt.NonFiniteError, match=r"0\.core"):
         average.update_parameters(broken)
-    torch.testing.assert_close(average.state_dict()["module.0.core"], state["module.0.core"])
+    torch.testing.assert_close(average.state_dict(), state, rtol=0, atol=0)
+
+
+def test_functions_that_add_add_weights():
+    model = nn.Sequential(TuckerLinear(4, 4, 4)).double()
+    total = AveragedModel(model, avg_fn=lambda sum_, one, _: sum_ + one)
+    for _ in range(3):
+        total.update_parameters(model)
+    torch.testing.assert_close(total.module[0].dense_weight(), 3 * model[0].dense_weight())

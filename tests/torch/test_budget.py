@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import geotucker as gt
-from geotucker_torch import TDLRT, factorize
+from geotucker_torch import TDLRT, TuckerLinear, factorize
 
 
 def problem(seed=0):
@@ -245,3 +245,33 @@ def test_what_is_frozen_beyond_its_share_leaves_the_others_theirs():
         assert model[2].point.size <= 0.2 * 64 * 64 + (not frozen) * 200
         model[0].requires_grad_(True)
     assert model[0].point.size + model[2].point.size <= 0.2 * 2 * 64 * 64
+
+
+@pytest.mark.parametrize("amid", [False, True])
+def test_what_is_frozen_amid_a_step_counts_at_its_own_ranks(amid):
+    torch.manual_seed(0)
+    layers = TuckerLinear(64, 64, 16, bias=False), nn.Tanh(), TuckerLinear(64, 64, 24, bias=False)
+    model, x = nn.Sequential(*layers).double(), torch.randn(64, 64).double()
+    budget = gt.Budget(parameters=sum(p.numel() for p in model.parameters()))
+    optimizer = TDLRT(torch.optim.SGD(model.parameters(), lr=1e-6), model, budget, basis_every=2)
+    if not amid:
+        model[0].requires_grad_(False)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        if amid:
+            model[0].requires_grad_(False)
+            model[0].zero_grad()
+        optimizer.step()
+        assert optimizer.ranks == {"0": (16, 16), "2": (24, 24)}
+    assert optimizer.rank_history["0"] == {0: (16, 16)} | dict.fromkeys((1, 2, 3), (16, 16))
+
+
+def test_operations_that_nobody_knows_are_said_beside_frozen_tensors():
+    model = nn.Sequential(TuckerLinear(32, 32, 8), nn.Linear(32, 32), TuckerLinear(32, 32, 8))
+    budget = gt.Budget(flops=0.4)
+    optimizer = TDLRT(torch.optim.SGD(model.parameters(), lr=0.1), model, budget)
+    model[0].requires_grad_(False)
+    model[1](model[0](torch.randn(4, 32))).square().sum().backward()
+    with pytest.raises(gt.RankError, match="flops: expected the operations of every tensor"):
+        optimizer.step()

@@ -167,6 +167,59 @@ def test_gradients_that_the_model_drops_take_their_bases_along(moved):
     torch.testing.assert_close(model[0].core.grad, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_gradients_that_the_model_drops_under_checkpoints(reentrant):
+    weights = []
+    for dropped_by_model in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(TuckerLinear(12, 12, 3)).double()
+        optimizer = TDLRT(sgd(model), model)
+        x = X.clone().requires_grad_()
+
+        def run(x, model=model):
+            if reentrant is None:
+                return model(x)
+            return checkpoint(model, x, use_reentrant=reentrant)
+
+        run(x).square().sum().backward()
+        (model if dropped_by_model else optimizer).zero_grad()
+        run(x.tanh()).sum().backward()
+        optimizer.step()
+        weights.append(model[0].dense_weight())
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("case", ["forgotten", "reentrant"])
+def test_uses_that_could_not_be_known_of_count(case):
+    torch.manual_seed(0)
+    model = nn.Sequential(TuckerLinear(12, 12, 3, bias=False).double())
+    optimizer, layer = TDLRT(sgd(model), model, integrator="tdlrt"), model[0]
+    weight, x = layer.dense_weight().detach().requires_grad_(), X.clone().requires_grad_()
+    (torch.tanh(x @ weight.T) @ weight.T).square().sum().backward()
+    hidden = checkpoint(layer, x, use_reentrant=True) if case == "reentrant" else layer(x)
+    loss = layer(torch.tanh(hidden)).square().sum()
+    if case == "forgotten":
+        optimizer.zero_grad()
+    loss.backward()
+    assert layer.settled_ranks == (3, 3)
+    rows, columns = (factor.detach() for factor in layer.factors)
+    expected = rows.T @ weight.grad @ columns
+    torch.testing.assert_close(layer.core.grad, expected, rtol=0, atol=1e-12)
+    optimizer.step()
+    assert optimizer.ranks == {"0": (3, 3)}
+
+
+def test_aliases_that_are_passed_in_amid_a_step_change_nothing(moved):
+    model, optimizer, x = moved
+    model(x).square().sum().backward()
+    state, ranks = optimizer.ranks, model[0].settled_ranks
+    model_of_aliases = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}
+    torch.func.functional_call(model, model_of_aliases, (x,))
+    assert optimizer.ranks == state
+    optimizer.step()
+    assert model[0].ranks == ranks
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_trace_does_not_lift():
     model = nn.Sequential(TuckerLinear(12, 10, 3).double())
