@@ -53,7 +53,12 @@ _SUMS = ("row_var", "col_var")
 
 def _of_wrapped(name: str) -> Any:
     """Return a method that is the wrapped optimizer's."""
-    return lambda self, *given, **named: getattr(self.wrapped, name)(*given, **named)
+
+    def method(self: "TDLRT", *given: Any, **named: Any) -> Any:
+        return getattr(self.wrapped, name)(*given, **named)
+
+    method.__name__, method.__doc__ = name, f"Register a hook with the wrapped optimizer: `{name}`."
+    return method
 
 
 class TDLRT(Optimizer):
