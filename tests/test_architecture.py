@@ -113,3 +113,10 @@ def test_installed_packages_are_under_test(name: str) -> None:
     file = Path(str(importlib.import_module(name).__file__)).resolve()
     assert ROOT / name not in file.parents
     assert ROOT / "backends" not in file.parents
+
+
+@pytest.mark.xdist_group("groups")
+def test_groups_of_tests_share_a_worker(request: pytest.FixtureRequest) -> None:
+    # pytest-xdist 3.8 tells them by the end of a test's name, which pytest 9.2 does not let it set.
+    if getattr(request.config.option, "loadgroup", False):
+        assert request.node.nodeid.endswith("@groups")
