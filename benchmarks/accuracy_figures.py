@@ -63,8 +63,13 @@ def stability(folder: Path) -> Figure:
 
 
 def compression(folder: Path) -> Figure:
-    """Draw accuracy against the share of the parameters, by method, a panel for each problem."""
-    return by_size(table(folder, "compression"), "problem")
+    """Draw accuracy against the share of the parameters, by method.
+
+    A panel for each problem of which the table holds more than one share.
+    """
+    problems = [own for _, own in grouped(table(folder, "compression"), "problem")]
+    several = [own for own in problems if len({row["kept"] for row in own} - {"1.0"}) > 1]
+    return by_size([row for own in several for row in own], "problem")
 
 
 def fine_tuning(folder: Path) -> Figure:
