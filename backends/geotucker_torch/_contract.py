@@ -15,6 +15,8 @@ from ._maps import ConvMap, LayerMap, LinearMap, core_turned, modes_turned
 from ._plan import Contraction, Sizes, both_folded, cheapest
 
 __all__ = [
+    "autocast_dtype",
+    "cast",
     "contract",
     "core_gradient",
     "dense_weight",
@@ -217,6 +219,18 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     if torch.amp.is_autocast_available(kind):
         return torch.autocast(kind, enabled=False)
     return nullcontext()
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """Return what autocast casts to where a tensor is; None if it is off."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Cast as autocast does, which leaves float64 alone."""
+    left = dtype is None or not tensor.is_floating_point() or tensor.dtype == torch.float64
+    return tensor if left else tensor.to(dtype)
 
 
 def fold(

@@ -42,7 +42,7 @@ import geotucker as gt
 from geotucker import _ops
 from geotucker._geometry import augment_all, gauge, tangent_core
 
-from ._contract import core_gradient, fold, without_autocast
+from ._contract import autocast_dtype, cast, core_gradient, fold, without_autocast
 from ._lifted import Drift, Right, Use
 from ._maps import LayerMap, core_turned, modes_turned
 from ._plan import Contraction, Sizes, cheapest
@@ -125,10 +125,9 @@ class _Pass:
         # them new memory.
         at = layer.point if layer.narrow is None else layer.narrow
         turned = core_turned(layer_map, at.core), tuple(modes_turned(layer_map, at.factors))
-        point, kind = gt.TuckerPoint(*turned), x.device.type
+        point, dtype = gt.TuckerPoint(*turned), autocast_dtype(x)
         layer_map.check(x, point.shape[1])
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        x = _cast(x.detach(), dtype)
+        x = cast(x.detach(), dtype)
         rows = layer_map.enter(x)
         sizes = layer_map.sizes(rows, point.core, *point.factors[:2])
         return cls(layer, layer_map, at, point, dtype, sizes, cheapest(sizes), x, rows)
@@ -162,11 +161,11 @@ class _Lifting(torch.autograd.Function):
         with without_autocast(core):
             point, order, dtype = one.point, one.order, one.dtype
             one.a = a = _entered(one)
-            own_bias = None if bias is None else _cast(bias.detach(), dtype)
+            own_bias = None if bias is None else cast(bias.detach(), dtype)
             if order.project_output:
                 gauged, s = _gauge(one, 0)
                 one.b = layer_map.apply(a, _kernel(one, gauged), None, order)
-                y = layer_map.spread_output(one.b, _cast(point.factors[0] @ s, dtype), own_bias)
+                y = layer_map.spread_output(one.b, cast(point.factors[0] @ s, dtype), own_bias)
             else:
                 y = layer_map.apply(a, _kernel(one, point.core), own_bias, order)
         keeps = order.project_input and a.numel() <= max(_KEPT, x.numel() // 8)
@@ -186,17 +185,17 @@ class _Lifting(torch.autograd.Function):
         with without_autocast(point.core):
             one = ctx.one.with_activations(*ctx.saved_tensors)
             layer_map, order, dtype = one.map, one.order, one.dtype
-            g = layer_map.enter_gradient(_cast(g, dtype), one.x)
+            g = layer_map.enter_gradient(cast(g, dtype), one.x)
             h = g
             if order.project_output:
-                h = layer_map.project_output(g, _cast(point.factors[0], dtype))
+                h = layer_map.project_output(g, cast(point.factors[0], dtype))
             dx, grad_k_in = _input_gradients(one, h, ctx.needs_input_grad[0])
             deliver(
                 layer,
                 one.at,
                 lambda: _use(one, g, h, grad_k_in),
                 lambda bases: core_gradient(
-                    layer_map, one.rows, g, [_cast(basis, dtype) for basis in bases]
+                    layer_map, one.rows, g, [cast(basis, dtype) for basis in bases]
                 ),
             )
             bias = layer_map.bias_gradient(g) if ctx.needs_input_grad[2] else None
@@ -379,7 +378,7 @@ def _use(one: _Pass, g: Tensor, h: Tensor, grad_k_in: Tensor | None) -> Use:
     known = h if one.order.project_output else None, one.a if one.order.project_input else None
 
     def whole(bases: Sequence[Tensor]) -> Tensor:
-        bases = [_cast(basis, one.dtype) for basis in bases]
+        bases = [cast(basis, one.dtype) for basis in bases]
         with without_autocast(core):
             gradient = core_gradient(one.map, one.rows, g, bases, known, core.shape)
         return gradient.to(core.dtype)
@@ -402,19 +401,13 @@ def _same(a: gt.TuckerPoint, b: gt.TuckerPoint) -> bool:
     return a.core.data_ptr() == b.core.data_ptr() and a.ranks == b.ranks
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Cast as autocast does, which leaves float64 alone."""
-    left = dtype is None or not tensor.is_floating_point() or tensor.dtype == torch.float64
-    return tensor if left else tensor.to(dtype)
-
-
 def _entered(one: _Pass) -> Tensor:
     """Return what the kernel is applied to."""
     if not one.order.project_input:
         return one.rows
     if one.a is not None:
         return one.a
-    return one.map.project_input(one.rows, _cast(one.point.factors[1], one.dtype))
+    return one.map.project_input(one.rows, cast(one.point.factors[1], one.dtype))
 
 
 def _gauge(one: _Pass, mode: int) -> tuple[Tensor, Tensor]:
@@ -437,7 +430,7 @@ def _gauges(one: _Pass) -> list[tuple[Tensor, Tensor] | None]:
 
 
 def _kernel(one: _Pass, core: Tensor) -> Tensor:
-    return _cast(fold(core, one.point.factors, one.order, one.sizes), one.dtype)
+    return cast(fold(core, one.point.factors, one.order, one.sizes), one.dtype)
 
 
 def _input_gradients(one: _Pass, h: Tensor, wanted: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -452,7 +445,7 @@ def _input_gradients(one: _Pass, h: Tensor, wanted: bool) -> tuple[Tensor | None
     grad_k_in = layer_map.input_factor_gradient(one.rows, d)
     if not wanted:
         return None, grad_k_in
-    dx = layer_map.spread_input(d, _cast(one.point.factors[1] @ s, one.dtype))
+    dx = layer_map.spread_input(d, cast(one.point.factors[1] @ s, one.dtype))
     return layer_map.leave_gradient(dx, one.x), grad_k_in
 
 

@@ -19,7 +19,7 @@ import geotucker as gt
 from geotucker import _ops
 from geotucker._geometry import gauge
 
-from ._contract import without_autocast
+from ._contract import autocast_dtype, cast, without_autocast
 from ._lift import deliver
 from ._lifted import Use
 from ._tensor_plan import Projected, TensorSizes, cheapest_projections, ordered
@@ -170,11 +170,9 @@ class _Lifting(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, core: Tensor, layer: "TuckerTensorLinear") -> Tensor:
         # As in `_lift`: the point keeps the old values when the lift gives parameters new memory.
         point = layer.point if layer.narrow is None else layer.narrow
-        kind, ctx.dtype = x.device.type, x.dtype
-        if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-            ctx.dtype = torch.get_autocast_dtype(kind)
-        ctx.layer, ctx.point, ctx.x_dtype = layer, point, x.dtype
-        ctx.save_for_backward(x.to(ctx.dtype))
+        own = cast(x, autocast_dtype(x))
+        ctx.layer, ctx.point, ctx.x_dtype, ctx.dtype = layer, point, x.dtype, own.dtype
+        ctx.save_for_backward(own)
         # The core is folded in its own precision.
         out_factors, in_factors = _split(point.factors, layer)
         layer.sizes = ctx.sizes = layer.sizes_for(len(x))
