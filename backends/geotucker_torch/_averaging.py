@@ -58,11 +58,11 @@ class AveragedModel(swa_utils.AveragedModel):
             If one of them has NaN or infinite entries; nothing is changed then.
         """
         mine, theirs = find_slots(self.module), find_slots(model)
-        shapes = [[slot.point.shape for slot in slots] for slots in (theirs, mine)]
-        if shapes[0] != shapes[1]:
+        expected, got = ([slot.point.shape for slot in slots] for slots in (mine, theirs))
+        if got != expected:
             raise ValueError(
-                f"model: expected Tucker tensors of shapes {shapes[1]}, as the averaged model has, "
-                f"got {shapes[0]}"
+                f"model: expected Tucker tensors of shapes {expected}, as the averaged model has, "
+                f"got {got}"
             )
         before = [slot.point for slot in mine]
         wides, given, ranks = [], dict[Tensor, Tensor](), []

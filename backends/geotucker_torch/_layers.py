@@ -54,6 +54,11 @@ def _is_transformed() -> bool:
     return active or torch._C._is_tracing()
 
 
+def _is_aside() -> bool:
+    """Tell whether this is a part of a backward pass, or runs in inference mode."""
+    return torch.is_inference_mode_enabled() or torch._C._current_graph_task_id() != -1
+
+
 def _of_lift(name: str) -> Any:
     """Return an attribute that tied layers share."""
     return property(
@@ -281,7 +286,7 @@ class TuckerModule(nn.Module):
         return self._run_here(run, *arguments)
 
     def _run_here(self, run: Callable[..., Tensor], *arguments: Any) -> Tensor:
-        if not torch.compiler.is_compiling() and self.is_dropped:
+        if not torch.compiler.is_compiling() and self.is_dropped and not _is_aside():
             self.unlift()
         if self.peers is not None and torch.is_grad_enabled():
             self.peers.enter()
@@ -289,14 +294,8 @@ class TuckerModule(nn.Module):
 
     @property
     def is_dropped(self) -> bool:
-        """Whether a lift has lost its gradient, whoever dropped that.
-
-        Not within a backward pass, which asks for this one as a part of it.
-        """
-        if self.narrow is None or self.core.grad is not None or not self._is_own:
-            return False
-        aside = torch.is_inference_mode_enabled() or torch._C._current_graph_task_id() != -1
-        return self.is_lifted and not aside
+        """Whether a lift has lost its gradient, whoever dropped that."""
+        return self.is_lifted and self._is_own and self.core.grad is None
 
     @property
     def _bases(self) -> list[Tensor]:

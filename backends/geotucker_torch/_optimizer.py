@@ -462,9 +462,8 @@ class TDLRT(Optimizer):
             )
         loss = None
         with restored_if_it_fails(self, self._slots) as start, torch.no_grad():
-            for slot in self._slots:
-                if slot.layer is not None and slot not in slots:  # frozen, its gradient dropped
-                    slot.layer.unlift()
+            for layer in layers_of(self._frozen()):  # maybe since the backward pass
+                layer.unlift()
             previous = [slot.settled_ranks for slot in slots]
             self._forget_other_ranks(slots)
             right: dict[str, Right] = {}
@@ -556,8 +555,7 @@ class TDLRT(Optimizer):
             if slot.layer is not None:
                 moving = self._drift(slot) if armed else None
                 slot.layer.armed = armed and slot.layer.narrow is None
-                galerkin = self.integrator == "tdlrt"
-                slot.layer.extension = Extension(galerkin, moving, self.one_pass)
+                slot.layer.extension = Extension(self.integrator == "tdlrt", moving, self.one_pass)
 
     def _drift(self, slot: Slot) -> Drift | None:
         """Return how the moments of a core are about to move its bases."""
@@ -611,6 +609,10 @@ class TDLRT(Optimizer):
     def _trained(self) -> list[Slot]:
         """Return the Tucker tensors that are not frozen now, or are stepped all the same."""
         return [s for s in self._slots if s.core.requires_grad or s.core.grad is not None]
+
+    def _frozen(self) -> list[Slot]:
+        """Return the Tucker tensors that a step leaves alone."""
+        return [s for s in self._slots if not s.core.requires_grad and s.core.grad is None]
 
     def _extend(self, slots: list[Slot]) -> dict[str, Right]:
         """Extend the bases by the gradients of the factors, lift cores and moments.
@@ -681,8 +683,7 @@ class TDLRT(Optimizer):
     ) -> "list[tuple[Slot, gt.Truncation]]":
         """Truncate cores by the rule."""
         names = [move.slot.name for move in moves]
-        frozen = [slot for slot in self._slots if slot.name not in names]
-        rule = self._rules.in_force(self._steps, names, frozen)
+        rule = self._rules.in_force(self._steps, names, self._frozen())
         points = [move.slot.point for move in moves]
         cuts = gt.truncate(points, rule, facts)
         return [(move.slot, cut) for move, cut in zip(moves, cuts, strict=True)]

@@ -246,7 +246,7 @@ class Peers:
                 waiting |= slot.layer.waiting.pop(backward, {})
         unused = [s for s in self._slots if s.layer is not None and id(s.core) not in waiting]
         for slot in unused:  # what was used has found out in the forward pass
-            if slot.layer is not None and slot.layer.is_lifted and slot.core.grad is None:
+            if slot.layer is not None and slot.layer.is_dropped:
                 slot.layer.unlift()
         moving = {
             slot.layer: [use for _, use in waiting.get(id(slot.core), [])]
